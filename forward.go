@@ -1,0 +1,158 @@
+package main
+
+// forward.go: what is done to one forward from outside of the core: see whether
+// its local port can be bound, have the master open and close it, probe it.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	probeHold  = 300 * time.Millisecond // what stays open that long, plus a round trip, has a listener
+	aliveEvery = 2 * time.Second
+)
+
+// bindable tells whether a local address can be bound, as ssh would: nil, or
+// the errno. ssh says only that it failed. The socket never listens, so that
+// no client can fall into it.
+func bindable(a netip.AddrPort) error {
+	var domain int
+	var sa unix.Sockaddr
+	if a.Addr().Is4() {
+		domain, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+	} else {
+		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+	}
+	syscall.ForkLock.RLock()
+	fd, err := unix.Socket(domain, unix.SOCK_STREAM, 0)
+	if err == nil {
+		unix.CloseOnExec(fd)
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
+		return err
+	}
+	return unix.Bind(fd, sa)
+}
+
+// outcome is the result of an openPort or closePort.
+type outcome struct {
+	action
+	err error
+}
+
+// carryOut has the master open and close ports, in the order given, and tells
+// why each that failed did. An error means that the master is of no use any
+// more.
+func (m *master) carryOut(conn *muxConn, acts []action) ([]outcome, error) {
+	done := make([]outcome, len(acts))
+	var ops []muxForward
+	var at []int // of each op, its place in acts
+	for i, a := range acts {
+		done[i].action = a
+		if a.verb == openPort {
+			if done[i].err = bindable(a.key.local); done[i].err != nil {
+				continue
+			}
+		}
+		at = append(at, i)
+		ops = append(ops, muxForward{
+			cancel:     a.verb == closePort,
+			listenHost: a.key.local.Addr().String(), listenPort: a.key.local.Port(),
+			connectHost: a.key.remote.Addr().String(), connectPort: a.key.remote.Port(),
+		})
+	}
+	results, err := conn.forward(ops, muxTimeout)
+	if err != nil {
+		return nil, err
+	}
+	for n, err := range results {
+		if err == nil || ops[n].cancel {
+			continue
+		}
+		// Somebody may have been faster since the first look.
+		if busy := bindable(acts[at[n]].key.local); busy != nil {
+			err = busy
+		} else if word := m.lastWord(); word != "" {
+			err = fmt.Errorf("%w: %s", err, word)
+		}
+		done[at[n]].err = err
+	}
+	return done, nil
+}
+
+// serve carries out batches until ctx ends, and between them sees that the
+// master is alive and still where it was. It returns why it is not.
+func (m *master) serve(ctx context.Context, batches <-chan []action, report func([]outcome)) error {
+	conn, err := muxDial(m.control, muxTimeout)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	tick := time.NewTicker(aliveEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case batch := <-batches:
+			done, err := m.carryOut(conn, batch)
+			if err != nil {
+				return fmt.Errorf("the ssh master does not answer: %w", err)
+			}
+			report(done)
+		case <-tick.C:
+			if m.replaced() {
+				return fmt.Errorf("somebody removed or replaced %s", m.control)
+			}
+			if _, err := conn.alive(muxTimeout); err != nil {
+				return fmt.Errorf("the ssh master does not answer: %w", err)
+			}
+		}
+	}
+}
+
+// probe connects to the local end and reads: what closes at once has nobody
+// behind it. It sends nothing.
+func (m *master) probe(ctx context.Context, local netip.AddrPort, rtt time.Duration) probeResult {
+	before := m.prohibited.Load()
+	var d net.Dialer
+	ctx, cancel := context.WithTimeout(ctx, probeHold+rtt)
+	defer cancel()
+	conn, err := d.DialContext(ctx, "tcp", local.String())
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return probeGone
+	} else if err != nil {
+		return probeSilent
+	}
+	defer conn.Close()
+	deadline, _ := ctx.Deadline()
+	conn.SetReadDeadline(deadline)
+	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var b [1]byte
+	n, err := conn.Read(b[:])
+	var timeout net.Error
+	if n > 0 || errors.As(err, &timeout) && timeout.Timeout() {
+		return probeAnswered
+	}
+	// ssh says why before it closes, but on another way than the connection.
+	for until := time.Now().Add(50 * time.Millisecond); time.Now().Before(until); time.Sleep(time.Millisecond) {
+		if m.prohibited.Load() != before {
+			return probeRefused
+		}
+	}
+	return probeSilent
+}

@@ -1,0 +1,87 @@
+package main
+
+// lsof.go: who listens on which TCP port of this machine, as lsof tells.
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"os/exec"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const lsofTimeout = 10 * time.Second
+
+// listener is a process that listens on a local address.
+type listener struct {
+	pid     int
+	command string // safe to print
+	addr    netip.AddrPort
+}
+
+// listeners asks lsof who listens on port, or on any for 0. Processes of other
+// users are seen by root only.
+func listeners(ctx context.Context, port uint16) ([]listener, error) {
+	ctx, cancel := context.WithTimeout(ctx, lsofTimeout)
+	defer cancel()
+	which := "-iTCP"
+	if port != 0 {
+		which += ":" + strconv.Itoa(int(port))
+	}
+	// lsof exits 1 when there is nothing to list.
+	out, err := exec.CommandContext(ctx, "lsof", "-nPw", "+c0", which, "-sTCP:LISTEN", "-Fpcn").Output()
+	if _, exited := err.(*exec.ExitError); err != nil && (!exited || ctx.Err() != nil) {
+		return nil, fmt.Errorf("running lsof: %w", err)
+	}
+	return parseLsof(string(out)), nil
+}
+
+// parseLsof reads lsof's field output: a line a field, p and c for a process,
+// then f and n for each of its files. What it does not understand it passes over.
+func parseLsof(out string) []listener {
+	var all []listener
+	var l listener
+	for _, line := range strings.Split(out, "\n") {
+		if line == "" {
+			continue
+		}
+		value := line[1:]
+		switch line[0] {
+		case 'p':
+			pid, err := strconv.Atoi(value)
+			if err != nil || pid <= 0 {
+				pid = 0
+			}
+			l = listener{pid: pid}
+		case 'c':
+			l.command = printable(value, maxText)
+		case 'n':
+			if strings.HasPrefix(value, "*:") {
+				value = "0.0.0.0" + value[1:]
+			}
+			addr, err := netip.ParseAddrPort(value)
+			if err == nil && l.pid != 0 {
+				l.addr = addr
+				all = append(all, l)
+			}
+		}
+	}
+	return all
+}
+
+// portOwner names who keeps others from listening on a: "nginx, pid 4242", or
+// "" where it cannot be found.
+func portOwner(ctx context.Context, a netip.AddrPort) string {
+	all, err := listeners(ctx, a.Port())
+	if err != nil {
+		return ""
+	}
+	for _, l := range all {
+		if ip := l.addr.Addr(); l.addr.Port() == a.Port() && (ip == a.Addr() || ip.IsUnspecified() || a.Addr().IsUnspecified()) {
+			return fmt.Sprintf("%s, pid %d", l.command, l.pid)
+		}
+	}
+	return ""
+}

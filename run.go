@@ -1,0 +1,218 @@
+package main
+
+// run.go: `rdhpf run`. One loop owns what is wanted and what is known; it starts
+// every goroutine, takes what they tell, and waits for all of them at the end.
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	relistEvery   = 30 * time.Second
+	tickEvery     = 2 * time.Second
+	sleptAfter    = 10 * time.Second // more than this between ticks: the machine slept
+	wakeDeadline  = 3 * time.Second  // for the engine to answer after that
+	settleAfter   = time.Second      // after subscribing: an event may have fallen between
+	stubbornDelay = time.Minute      // where only a person can mend it
+	steadyAfter   = 30 * time.Second // up that long, failures are forgotten
+)
+
+// runOptions is what the command line asks for.
+type runOptions struct {
+	host  host
+	dir   string
+	cfg   *config
+	retry bool // go on where the first connection fails
+	log   *slog.Logger
+}
+
+// run is the one instance for its host until ctx ends.
+func run(ctx context.Context, o runOptions) error {
+	p := pathsFor(o.dir, o.host.String())
+	if err := p.check(); err != nil {
+		return err
+	}
+	ssh, err := findSSH()
+	if err != nil {
+		return err
+	}
+	if err := makeDir(p.dir); err != nil {
+		return err
+	}
+	lock, err := lockInstance(p.lock)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	r := &runner{host: o.host, paths: p, ssh: ssh, retry: o.retry, log: o.log,
+		state: newState(o.cfg, raiseFileLimit()), msgs: make(chan message, 64)}
+	return r.loop(ctx)
+}
+
+// raiseFileLimit raises the limit on open files as far as it goes, for ssh needs
+// one a port and inherits it, and returns how many probes it allows at once.
+func raiseFileLimit() int {
+	var l unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil {
+		return 8
+	}
+	l.Cur = l.Max
+	unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
+	return int(min(max(l.Max/16, 2), 64))
+}
+
+// runner is the loop's. Nothing in it is touched by another goroutine but what
+// is said so.
+type runner struct {
+	host  host
+	paths paths
+	ssh   sshProgram
+	retry bool // go on where the first connection fails
+	log   *slog.Logger
+
+	state *state
+	msgs  chan message // to the loop, from everybody
+	wg    sync.WaitGroup
+
+	link      *link // nil while there is no connection, not even an attempt
+	gen       int   // of link
+	master    *master
+	queue     []action // for the link to open and close
+	rtt       time.Duration
+	failures  int
+	upSince   time.Time // of the connection, zero while it is none
+	downSince time.Time
+	everUp    bool
+	retryAt   time.Time
+	lastErr   error // why there is no connection
+	engineErr error // why the engine does not answer, though there is one
+	listDue   time.Time
+	wakeBy    time.Time // the engine has to answer by then; zero: no hurry
+	lastTick  time.Time
+}
+
+// message carries what a goroutine of the gen-th link tells.
+type message struct {
+	gen  int
+	what any
+}
+
+// loop runs until ctx ends, with nil, or until the first connection fails.
+func (r *runner) loop(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer r.wg.Wait()
+	defer cancel()
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
+	r.lastTick = time.Now()
+	alarm := time.NewTimer(0)
+	for {
+		now := time.Now()
+		if r.link == nil && !r.retryAt.After(now) {
+			r.connect(ctx)
+		}
+		acts, wake := r.state.plan(now)
+		for _, a := range acts {
+			r.do(ctx, a)
+		}
+		r.tell()
+		for _, due := range []time.Time{r.retryAt, r.listDue, r.wakeBy} {
+			if due.After(now) && (wake.IsZero() || due.Before(wake)) {
+				wake = due
+			}
+		}
+		if wake.IsZero() {
+			alarm.Stop()
+		} else {
+			alarm.Reset(time.Until(wake))
+		}
+		var batches chan []action
+		if r.link != nil && len(r.queue) > 0 {
+			batches = r.link.batches
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case m := <-r.msgs:
+			if err := r.take(m); err != nil {
+				return err
+			}
+			for more := true; more; {
+				select {
+				case m := <-r.msgs:
+					if err := r.take(m); err != nil {
+						return err
+					}
+				default:
+					more = false
+				}
+			}
+		case batches <- r.queue:
+			r.queue = nil
+		case <-alarm.C:
+			r.ring(time.Now())
+		case <-tick.C:
+			r.tick(time.Now())
+		}
+	}
+}
+
+// connect starts an attempt at a connection.
+func (r *runner) connect(ctx context.Context) {
+	r.gen++
+	gen := r.gen
+	linkCtx, cancel := context.WithCancel(ctx)
+	l := &link{
+		batches: make(chan []action), relist: make(chan struct{}, 1), cancel: cancel,
+		first: !r.everUp && !r.retry,
+		send:  func(what any) { r.send(linkCtx, gen, what) },
+	}
+	r.link, r.queue, r.master, r.retryAt = l, nil, nil, time.Time{}
+	r.start(func() {
+		err := l.run(linkCtx, r.ssh, r.host, r.paths.control, func(line string) { r.log.Debug("ssh: " + line) })
+		cancel()
+		r.send(ctx, gen, linkDown{err})
+	})
+}
+
+func (r *runner) start(f func()) {
+	r.wg.Add(1)
+	go func() {
+		defer r.wg.Done()
+		f()
+	}()
+}
+
+// send hands the loop a message, from any goroutine, unless ctx ends first.
+func (r *runner) send(ctx context.Context, gen int, what any) {
+	select {
+	case r.msgs <- message{gen, what}:
+	case <-ctx.Done():
+	}
+}
+
+// do carries out what the core asks for, elsewhere.
+func (r *runner) do(ctx context.Context, a action) {
+	gen, m, rtt := r.gen, r.master, r.rtt
+	switch a.verb {
+	case openPort, closePort:
+		r.queue = append(r.queue, a)
+	case probePort:
+		r.start(func() { r.send(ctx, gen, probed{a, m.probe(ctx, a.key.local, rtt)}) })
+	case findOwner:
+		r.start(func() { r.send(ctx, gen, ownerFound{a.key, portOwner(ctx, a.key.local)}) })
+	}
+}
+
+// tell prints what the core has to say.
+func (r *runner) tell() {
+	for _, n := range r.state.notes {
+		r.log.LogAttrs(context.Background(), n.level, n.text, n.attrs...)
+	}
+	r.state.notes = nil
+}
