@@ -143,6 +143,9 @@ func shortID(id string) (string, bool) {
 // printable makes text from elsewhere safe for a terminal and for one line: no
 // control or format characters, at most max runes.
 func printable(s string, max int) string {
+	if len(s) <= max && strings.IndexFunc(s, func(r rune) bool { return r < ' ' || r > '~' }) < 0 {
+		return s
+	}
 	n := 0
 	return strings.Map(func(r rune) rune {
 		if n++; n > max {

@@ -221,7 +221,7 @@ func resolveHost(flag string, getenv func(string) string, home string) (host, er
 		Endpoints map[string]struct{ Host string }
 	}
 	if err := readDockerJSON(file, &meta); errors.Is(err, fs.ErrNotExist) {
-		return host{}, fmt.Errorf("Docker context %+q (from %s) not found: no file %s; see docker context ls, or use -host", name, from, file)
+		return host{}, fmt.Errorf("the Docker context %+q (from %s) was not found: no file %s; see docker context ls, or use -host", name, from, file)
 	} else if err != nil {
 		return host{}, fmt.Errorf("reading Docker context %+q (from %s): %w; mend it or use -host", name, from, err)
 	}

@@ -28,7 +28,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -39,8 +38,9 @@ import (
 )
 
 const (
-	exitFailure = 1
-	exitUsage   = 2
+	exitFailure    = 1
+	exitUsage      = 2
+	exitNotRunning = 3
 )
 
 // usageError is a mistake in the command line.
@@ -49,8 +49,16 @@ type usageError struct{ error }
 func main() {
 	err := command(os.Args[1:])
 	var usage usageError
+	var absent *errNotRunning
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
+	case errors.As(err, &absent):
+		if absent.text != "" {
+			fmt.Fprintln(os.Stderr, absent.text)
+		}
+		os.Exit(exitNotRunning)
+	case errors.Is(err, errUnhealthy):
+		os.Exit(exitFailure)
 	case errors.As(err, &usage):
 		fmt.Fprintf(os.Stderr, "rdhpf: %v\n", err)
 		os.Exit(exitUsage)
@@ -63,6 +71,11 @@ func main() {
 const usage = `rdhpf makes the published ports of a remote Docker host answer on localhost.
 
   rdhpf run -host ssh://user@host   forward until interrupted
+  rdhpf status                      what is forwarded, and why something is not
+  rdhpf health                      exit 0 if all is well, else say why not
+  rdhpf pause, rdhpf resume         close all local ports, open them again
+  rdhpf reload                      read config.json again
+  rdhpf stop                        end the running instance
   rdhpf version                     print the version
 
 rdhpf COMMAND -h lists a command's flags.
@@ -76,6 +89,10 @@ func command(args []string) error {
 	switch args[0] {
 	case "run":
 		return runCommand(args[1:])
+	case "status":
+		return statusCommand(args[1:])
+	case "health", "pause", "resume", "reload", "stop":
+		return tellCommand(args[0], args[1:])
 	case "version", "-version", "--version":
 		fmt.Println("rdhpf " + version())
 		return nil
@@ -103,6 +120,15 @@ func version() string {
 
 // parseFlags parses what takes flags only.
 func parseFlags(f *flag.FlagSet, args []string) error {
+	err := parseFlagsAndArgs(f, args)
+	if err == nil && f.NArg() > 0 {
+		err = usageError{fmt.Errorf("%q is one argument too many: see rdhpf %s -h", f.Arg(0), f.Name())}
+	}
+	return err
+}
+
+// parseFlagsAndArgs prints the help that is asked for.
+func parseFlagsAndArgs(f *flag.FlagSet, args []string) error {
 	f.SetOutput(io.Discard)
 	err := f.Parse(args)
 	if errors.Is(err, flag.ErrHelp) {
@@ -110,9 +136,6 @@ func parseFlags(f *flag.FlagSet, args []string) error {
 		fmt.Printf("Usage of rdhpf %s:\n", f.Name())
 		f.PrintDefaults()
 		return err
-	}
-	if err == nil && f.NArg() > 0 {
-		err = fmt.Errorf("%q is one argument too many", f.Arg(0))
 	}
 	if err != nil {
 		return usageError{fmt.Errorf("%w: see rdhpf %s -h", err, f.Name())}
@@ -123,7 +146,14 @@ func parseFlags(f *flag.FlagSet, args []string) error {
 func runCommand(args []string) error {
 	f := flag.NewFlagSet("run", flag.ContinueOnError)
 	hostFlag := f.String("host", "", "remote Docker `host`: ssh://[user@]host[:port][/socket] (default: what docker would take)")
-	bind := f.String("bind", "127.0.0.1", "local `address` to listen on")
+	flags := config{mapped: make(map[uint16]uint16)}
+	f.Func("bind", "local `address` to listen on (default 127.0.0.1)", func(s string) (err error) {
+		flags.bind, err = parseBind(s)
+		return err
+	})
+	f.Func("map", "`published=local`: forward to another local port; several with commas", addMap(flags.mapped))
+	f.Func("skip", "`ports` not to forward: 22,8000-8099", addRanges(&flags.skip))
+	f.Func("only", "forward these `ports` only", addRanges(&flags.only))
 	retry := f.Bool("retry", false, "keep trying when the first connection fails")
 	level := slog.LevelInfo
 	f.TextVar(&level, "log-level", slog.LevelInfo, "print what is at least that important: debug, info, warn or error")
@@ -131,12 +161,6 @@ func runCommand(args []string) error {
 	if err := parseFlags(f, args); err != nil {
 		return err
 	}
-	cfg := &config{}
-	var err error
-	if cfg.bind, err = netip.ParseAddr(*bind); err != nil || cfg.bind.Zone() != "" {
-		return usageError{fmt.Errorf("-bind %q is no address: want one like 127.0.0.1 or ::1", *bind)}
-	}
-	cfg.bind = cfg.bind.Unmap()
 	if *format != "text" && *format != "json" {
 		return usageError{fmt.Errorf("-log-format %q: want text or json", *format)}
 	}
@@ -151,12 +175,9 @@ func runCommand(args []string) error {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	go func() { stopOnSignal(stop) }()
+	go stopOnSignal(stop)
 	log := newLogger(os.Stderr, level, *format, func(error) { stop() })
-	if !cfg.bind.IsLoopback() {
-		log.Warn(fmt.Sprintf("listening on %s: others on the network can reach the forwarded ports", cfg.bind))
-	}
-	return run(ctx, runOptions{host: h, dir: dir, cfg: cfg, retry: *retry, log: log})
+	return run(ctx, runOptions{host: h, dir: dir, flags: flags, retry: *retry, log: log})
 }
 
 // stopOnSignal calls stop at the first signal and ends the process at the

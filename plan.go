@@ -85,6 +85,16 @@ func (s *state) yield(f, winner *forward, now time.Time) {
 	s.moan(f)
 }
 
+// settled says whether nothing is being opened or closed.
+func (s *state) settled() bool {
+	for _, f := range s.forwards {
+		if f.busy != nothing {
+			return false
+		}
+	}
+	return true
+}
+
 // sorted returns the forwards in a stable order: the first attempted first.
 func (s *state) sorted() []*forward {
 	all := make([]*forward, 0, len(s.forwards))

@@ -3,6 +3,7 @@ package main
 // react.go: what the loop in run.go makes of what it is told.
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -11,7 +12,7 @@ import (
 
 // take takes a message. An error ends the loop.
 func (r *runner) take(m message) error {
-	if m.gen != r.gen {
+	if m.gen != r.gen && m.gen != anyGen {
 		return nil // of a connection that is no more
 	}
 	now := time.Now()
@@ -32,9 +33,11 @@ func (r *runner) take(m message) error {
 		case "start":
 			r.state.startedNow(v.id)
 		}
+		at := utc(now)
+		r.shown.LastEventAt, r.changed = &at, true
 		r.link.wantList()
 	case engineLost:
-		r.engineErr = v.err
+		r.engineErr, r.changed = v.err, true
 		r.log.Warn(fmt.Sprintf("the remote engine does not answer: %v; forwards stay as they are", v.err))
 	case portsDone:
 		for _, o := range v.done {
@@ -48,9 +51,76 @@ func (r *runner) take(m message) error {
 		r.state.probeDone(now, v.key, v.seq, v.result)
 	case ownerFound:
 		r.state.ownerFound(now, v.key, v.owner)
+	case fileTrouble:
+		if v.err != nil {
+			r.log.Warn(fmt.Sprintf("the state file cannot be written: %v; rdhpf status asks the socket meanwhile", v.err))
+		} else {
+			r.log.Info("the state file is written again")
+		}
+		r.fileErr, r.changed = v.err, true
+	case request:
+		r.request(now, v)
 	}
 	return nil
 }
+
+// request does what a client of the socket asks for, and has it answered when
+// that is done.
+func (r *runner) request(now time.Time, q request) {
+	var result any
+	switch q.method {
+	case "pause", "resume":
+		paused := q.method == "pause"
+		if r.state.paused != paused {
+			r.log.Info(map[bool]string{true: "paused: all local ports are closed", false: "resumed"}[paused])
+		}
+		r.state.pause(now, paused)
+		result = map[string]bool{"paused": paused}
+	case "reload":
+		cfg, err := loadConfig(r.dir, r.host.String(), r.flags)
+		if err != nil {
+			q.reply <- reply{err: err}
+			return
+		}
+		r.warnBind(cfg)
+		r.state.configure(now, cfg)
+		r.log.Info("configuration read again")
+		result = map[string]bool{"reloaded": true}
+	}
+	r.waiting = append(r.waiting, func() { q.reply <- reply{result: result} })
+}
+
+// warnBind warns of a configuration that lets others in.
+func (r *runner) warnBind(cfg *config) {
+	if !cfg.bind.IsLoopback() {
+		r.log.Warn(fmt.Sprintf("listening on %s: others on the network can reach the forwarded ports", cfg.bind))
+	}
+}
+
+// ask has the loop do what a client asks for. It is for the socket's goroutines.
+func (r *runner) ask(ctx context.Context, method string) (any, error) {
+	q := request{method, make(chan reply, 1)}
+	r.send(ctx, anyGen, q)
+	select {
+	case a := <-q.reply:
+		return a.result, a.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s is not done yet: %w", method, ctx.Err())
+	}
+}
+
+// What others than the link tell the loop.
+type (
+	fileTrouble struct{ err error } // nil: it is over
+	request     struct {
+		method string
+		reply  chan reply // with room for one
+	}
+	reply struct {
+		result any
+		err    error
+	}
+)
 
 // listed takes a list. The first of a connection makes it one.
 func (r *runner) listed(now time.Time, v listTaken) {
@@ -58,16 +128,27 @@ func (r *runner) listed(now time.Time, v listTaken) {
 	switch {
 	case !r.everUp:
 		r.log.Info(fmt.Sprintf("connected to %s, %s", r.host, v.server))
-	case r.upSince.IsZero():
-		r.log.Info(fmt.Sprintf("connected to %s again after %s", r.host, now.Sub(r.downSince).Round(100*time.Millisecond)))
+	case r.shown.Connection.State != connected:
+		r.shown.Connection.Reconnects++
+		r.log.Info(fmt.Sprintf("connected to %s again after %s", r.host, now.Sub(r.shown.Connection.Since).Round(100*time.Millisecond)))
 	case r.engineErr != nil:
 		r.log.Info("the remote engine answers again")
 	}
-	if r.upSince.IsZero() {
-		r.upSince = now
+	if r.connection(now, connected) || r.engineErr != nil || r.shown.Engine != v.server {
+		r.shown.Engine, r.changed = v.server, true
 	}
 	r.everUp, r.lastErr, r.engineErr = true, nil, nil
 	r.state.listed(now, v.list)
+}
+
+// connection notes the state of the connection, and says whether it is new.
+func (r *runner) connection(now time.Time, state string) bool {
+	c := &r.shown.Connection
+	if c.State == state {
+		return false
+	}
+	c.State, c.Since, r.changed = state, utc(now), true
+	return true
 }
 
 // down takes the end of the connection, or of an attempt at one.
@@ -78,11 +159,9 @@ func (r *runner) down(now time.Time, err error) error {
 	if r.link.first {
 		return err
 	}
-	if !r.upSince.IsZero() {
-		if now.Sub(r.upSince) >= steadyAfter {
-			r.failures = 0
-		}
-		r.downSince = now
+	c := &r.shown.Connection
+	if c.State == connected && now.Sub(c.Since) >= steadyAfter {
+		r.failures = 0
 	}
 	// 0, 1, 2, 2, … s: a heal is noticed within seconds, however long it took.
 	delay := min(time.Duration(r.failures), 2) * time.Second
@@ -92,7 +171,11 @@ func (r *runner) down(now time.Time, err error) error {
 	if errors.As(err, &e) && e.stubborn {
 		delay = stubbornDelay
 	}
-	r.link, r.master, r.queue, r.upSince, r.wakeBy = nil, nil, nil, time.Time{}, time.Time{}
+	r.link, r.master, r.queue, r.wakeBy, r.engineErr = nil, nil, nil, time.Time{}, nil
+	if r.everUp {
+		r.connection(now, reconnecting)
+	}
+	c.LastError, r.changed = err.Error(), true
 	r.retryAt = now.Add(delay)
 	if r.lastErr == nil || r.lastErr.Error() != err.Error() {
 		when := "at once"
@@ -133,7 +216,7 @@ func (r *runner) tick(now time.Time) {
 	switch {
 	case r.link == nil:
 		r.retryAt = now
-	case !r.upSince.IsZero():
+	case r.shown.Connection.State == connected:
 		r.wakeBy = now.Add(wakeDeadline + r.rtt)
 		r.link.wantList()
 	}

@@ -5,7 +5,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -26,7 +28,7 @@ const (
 type runOptions struct {
 	host  host
 	dir   string
-	cfg   *config
+	flags config
 	retry bool // go on where the first connection fails
 	log   *slog.Logger
 }
@@ -49,8 +51,24 @@ func run(ctx context.Context, o runOptions) error {
 		return err
 	}
 	defer lock.Close()
-	r := &runner{host: o.host, paths: p, ssh: ssh, retry: o.retry, log: o.log,
-		state: newState(o.cfg, raiseFileLimit()), msgs: make(chan message, 64)}
+	cfg, err := loadConfig(o.dir, o.host.String(), o.flags)
+	if err != nil {
+		return err
+	}
+	r := newRunner(o, p, ssh, cfg)
+	r.warnBind(cfg)
+	l, err := listenSocket(p.socket)
+	if err != nil {
+		return fmt.Errorf("making the socket for rdhpf status: %w", err)
+	}
+	defer removeSocket(p.socket)
+	ctx, quit := context.WithCancel(ctx)
+	defer r.wg.Wait()
+	defer quit()
+	r.start(func() { (&server{board: r.board, ask: r.ask, stop: quit}).serve(ctx, l) })
+	r.start(func() {
+		keepState(ctx, p.state, r.board, func(err error) { r.send(ctx, anyGen, fileTrouble{err}) })
+	})
 	return r.loop(ctx)
 }
 
@@ -69,37 +87,63 @@ func raiseFileLimit() int {
 // runner is the loop's. Nothing in it is touched by another goroutine but what
 // is said so.
 type runner struct {
-	host  host
+	runOptions
 	paths paths
 	ssh   sshProgram
-	retry bool // go on where the first connection fails
-	log   *slog.Logger
-
+	board *board // anybody may look
 	state *state
 	msgs  chan message // to the loop, from everybody
 	wg    sync.WaitGroup
 
-	link      *link // nil while there is no connection, not even an attempt
-	gen       int   // of link
-	master    *master
-	queue     []action // for the link to open and close
-	rtt       time.Duration
-	failures  int
-	upSince   time.Time // of the connection, zero while it is none
-	downSince time.Time
-	everUp    bool
-	retryAt   time.Time
-	lastErr   error // why there is no connection
-	engineErr error // why the engine does not answer, though there is one
-	listDue   time.Time
-	wakeBy    time.Time // the engine has to answer by then; zero: no hurry
-	lastTick  time.Time
+	link     *link // nil while there is no connection, not even an attempt
+	gen      int   // of link
+	master   *master
+	queue    []action // for the link to open and close
+	rtt      time.Duration
+	everUp   bool
+	failures int
+	retryAt  time.Time
+	lastErr  error     // why there is no connection
+	listDue  time.Time // when to list again without a cause
+	wakeBy   time.Time // the engine has to answer by then; zero: no hurry
+	lastTick time.Time
+
+	shown     snapshot // what is the same in all snapshots, and the connection's part
+	engineErr error    // why the engine does not answer, though there is a connection
+	fileErr   error    // why the state file cannot be written
+	changed   bool     // something of these has changed
+	waiting   []func() // for all that is under way to be done
 }
 
 // message carries what a goroutine of the gen-th link tells.
 type message struct {
 	gen  int
 	what any
+}
+
+// anyGen marks a message that has nothing to do with a link.
+const anyGen = -1
+
+func newRunner(o runOptions, p paths, ssh sshProgram, cfg *config) *runner {
+	now := utc(time.Now())
+	r := &runner{runOptions: o, paths: p, ssh: ssh, state: newState(cfg, raiseFileLimit()), msgs: make(chan message, 64)}
+	r.shown = snapshot{Version: stateVersion, Host: o.host.String(), PID: os.Getpid(), StartedAt: now,
+		Connection: connection{State: connecting, Since: now}}
+	r.board = newBoard(r.snapshot())
+	return r
+}
+
+func (r *runner) snapshot() *snapshot {
+	snap := r.shown
+	snap.Warnings = []string{}
+	if r.engineErr != nil {
+		snap.Warnings = append(snap.Warnings, "the remote engine does not answer: "+r.engineErr.Error())
+	}
+	if r.fileErr != nil {
+		snap.Warnings = append(snap.Warnings, "the state file cannot be written: "+r.fileErr.Error())
+	}
+	r.state.show(&snap)
+	return &snap
 }
 
 // loop runs until ctx ends, with nil, or until the first connection fails.
@@ -121,6 +165,16 @@ func (r *runner) loop(ctx context.Context) error {
 			r.do(ctx, a)
 		}
 		r.tell()
+		if r.changed || r.state.changed {
+			r.changed, r.state.changed = false, false
+			r.board.post(r.snapshot())
+		}
+		if len(r.waiting) > 0 && r.state.settled() {
+			for _, reply := range r.waiting {
+				reply()
+			}
+			r.waiting = nil
+		}
 		for _, due := range []time.Time{r.retryAt, r.listDue, r.wakeBy} {
 			if due.After(now) && (wake.IsZero() || due.Before(wake)) {
 				wake = due

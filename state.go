@@ -147,10 +147,18 @@ func (s *state) configure(now time.Time, cfg *config) {
 	s.reconcile(now)
 }
 
-// pause closes all local ports, or lets them open again.
-func (s *state) pause(paused bool) {
-	s.changed = s.changed || s.paused != paused
-	s.paused = paused
+// pause closes all local ports, or has them opened again at once.
+func (s *state) pause(now time.Time, paused bool) {
+	if s.paused == paused {
+		return
+	}
+	s.paused, s.changed = paused, true
+	for _, f := range s.forwards {
+		f.tries, f.due = 0, time.Time{}
+		if !paused {
+			s.set(f, now, pending, reasonProbing)
+		}
+	}
 }
 
 func (s *state) reconcile(now time.Time) {

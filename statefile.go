@@ -1,18 +1,22 @@
 package main
 
-// statefile.go: the files of an instance: their paths, the folder they live in
-// and the lock that makes an instance the only one for its host.
+// statefile.go: the files of an instance: their paths, the folder they live in,
+// the lock that makes an instance the only one for its host, and the state file.
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,8 +43,10 @@ func hostHash(host string) string {
 	return base64.URLEncoding.EncodeToString(sum[:])[:12]
 }
 
-func pathsFor(dir, host string) paths {
-	base := filepath.Join(dir, hostHash(host))
+func pathsFor(dir, host string) paths { return pathsAt(dir, filepath.Join(dir, hostHash(host))) }
+
+// pathsAt returns the files that share the name base.
+func pathsAt(dir, base string) paths {
 	return paths{dir, base + ".lock", base + ".state.json", base + ".sock", base + ".ctl"}
 }
 
@@ -129,9 +135,145 @@ func lockInstance(path string) (*os.File, error) {
 
 // lockHolder asks the kernel who holds the lock, without ever taking it.
 func lockHolder(f *os.File) (pid int, held bool, err error) {
-	lock := unix.Flock_t{Type: unix.F_WRLCK}
+	lock := unix.Flock_t{Type: unix.F_RDLCK}
 	if err := unix.FcntlFlock(f.Fd(), unix.F_GETLK, &lock); err != nil {
 		return 0, false, fmt.Errorf("asking who holds %s: %w", f.Name(), err)
 	}
 	return int(lock.Pid), lock.Type != unix.F_UNLCK, nil
+}
+
+// lockedBy tells whether a live instance holds the lock, and its pid (0 where
+// the system does not tell). It never takes the lock.
+func lockedBy(path string) (pid int, held bool, err error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, false, nil
+	} else if err != nil {
+		return 0, false, fmt.Errorf("looking at the instance lock: %w", err)
+	}
+	defer f.Close()
+	return lockHolder(f)
+}
+
+const (
+	writeEvery    = 2 * time.Second
+	writeTogether = 20 * time.Millisecond // changes that close together share a write
+	maxStateAge   = 10 * time.Second
+	maxStateFile  = 64 << 20
+)
+
+// keepState writes the state file at each change and every 2 s until ctx ends,
+// then removes it. troubled is called when writing begins to fail, with why, and
+// when it works again, with nil.
+func keepState(ctx context.Context, path string, b *board, troubled func(error)) {
+	failing := false
+	last := time.NewTimer(0)
+	for {
+		snap, next := b.look()
+		err := writeState(path, snap.at(time.Now()))
+		if (err != nil) != failing {
+			failing = err != nil
+			troubled(err)
+		}
+		together := time.After(writeTogether)
+		last.Reset(writeEvery)
+		select {
+		case <-ctx.Done():
+		case <-last.C:
+		case <-next:
+			select {
+			case <-ctx.Done():
+			case <-together:
+			}
+		}
+		if ctx.Err() != nil {
+			os.Remove(path)
+			return
+		}
+	}
+}
+
+// writeState replaces the file as a whole, or leaves it as it was. Only the
+// holder of the lock calls it, so the temporary name is nobody else's.
+func writeState(path string, snap *snapshot) (err error) {
+	temp := path + ".tmp"
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(temp)
+		}
+	}()
+	body, err := json.MarshalIndent(snap, "", "  ")
+	if err == nil {
+		_, err = f.Write(append(body, '\n'))
+	}
+	if closed := f.Close(); err == nil {
+		err = closed
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(temp, path)
+}
+
+// readState reads a state file. warning says what may be wrong with it, though
+// it could be read.
+func readState(path string) (snap *snapshot, warning string, err error) {
+	defer func() {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("state file %s: %w; a running rdhpf writes a new one", path, err)
+		}
+	}()
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, "", err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, "", err
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); !info.Mode().IsRegular() || ok && int(st.Uid) != os.Geteuid() {
+		return nil, "", errors.New("it is no regular file of yours")
+	}
+	body, err := io.ReadAll(io.LimitReader(f, maxStateFile+1))
+	switch {
+	case err != nil:
+		return nil, "", err
+	case len(body) == 0:
+		return nil, "", errors.New("it is empty")
+	case len(body) > maxStateFile:
+		return nil, "", fmt.Errorf("it is over %d bytes long", maxStateFile)
+	}
+	return decodeState(body)
+}
+
+// decodeState decodes and checks a state file; fields it does not know are fine.
+func decodeState(body []byte) (snap *snapshot, warning string, err error) {
+	snap = &snapshot{}
+	if err := json.Unmarshal(body, snap); err != nil {
+		return nil, "", fmt.Errorf("it is torn or no state file: %s", printable(err.Error(), maxText))
+	}
+	if snap.Host == "" || snap.UpdatedAt.IsZero() {
+		return nil, "", errors.New("it is no state file: host or updated_at is missing")
+	}
+	switch snap.Version {
+	case stateVersion:
+	case "":
+		warning = "State file has no version; what it says may be misread."
+	default:
+		warning = fmt.Sprintf("State file has version %q and this rdhpf knows %q; what it says may be misread.", printable(snap.Version, 20), stateVersion)
+	}
+	snap.clean()
+	return snap, warning, nil
+}
+
+// age returns how old what was written at t is. ok is false where it is stale:
+// too old, or from the future, which is no age at all.
+func age(t, now time.Time) (d time.Duration, ok bool) {
+	d = now.Round(0).Sub(t)
+	return d, d >= -time.Second && d <= maxStateAge
 }

@@ -1,0 +1,317 @@
+//go:build linux
+
+package main
+
+// load.go: what it costs: throughput, connections, memory and idle time beside
+// plain ssh, and many ports.
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+const transfer = 256 << 20 // bytes in each direction
+
+// against measures a rate through rdhpf and through plain ssh in turns. The goal
+// is to be within 5 %.
+func (b *bench) against(figure, unit string, rounds int, rate func(addr string) (float64, error)) (row, error) {
+	f, pool, err := b.following(b.env["RIG_HOST"], 1)
+	if err != nil {
+		return row{}, err
+	}
+	defer f.stop()
+	addr := pool[0].addrs[0]
+	_, port, _ := net.SplitHostPort(addr)
+	p, err := b.plainForward(port)
+	if err != nil {
+		return row{}, err
+	}
+	defer p.stop()
+	var ours, theirs, ratios []float64
+	for i := range rounds + 1 {
+		var got [2]float64 // of rdhpf, of ssh
+		for turn := range 2 {
+			who := (i + turn) % 2
+			if got[who], err = rate([]string{addr, p.addr}[who]); err != nil {
+				return row{}, f.explain(err)
+			}
+		}
+		if i > 0 { // the first warms up
+			ours, theirs, ratios = append(ours, got[0]), append(theirs, got[1]), append(ratios, got[0]/got[1])
+		}
+	}
+	ratio := median(ratios)
+	return row{figure: figure, n: len(ratios), median: fmt.Sprintf("%.0f %s", median(ours), unit),
+		reference: fmt.Sprintf("%.0f %s (ssh -L)", median(theirs), unit), relation: fmt.Sprintf("%.3f ×", ratio),
+		goal: "≥ 0.95 ×", met: ratio >= 0.95}, nil
+}
+
+func (b *bench) throughput() ([]row, error) {
+	down, err := b.against("download of 256 MiB", "MiB/s", b.times(5), download)
+	if err != nil {
+		return nil, err
+	}
+	down.note = "The ratio is the median of those of the rounds. The ssh -L has a session open, as rdhpf has: " +
+		"without one the server leaves TCP_NODELAY off."
+	up, err := b.against("upload of 256 MiB", "MiB/s", b.times(5), upload)
+	return []row{down, up}, err
+}
+
+// download is in MiB a second, like upload.
+func download(addr string) (float64, error) {
+	return exchange(addr, fmt.Sprintf("GET /bytes?n=%d HTTP/1.0\r\n\r\n", transfer), 0, transfer)
+}
+
+func upload(addr string) (float64, error) {
+	return exchange(addr, fmt.Sprintf("POST /sink HTTP/1.0\r\nContent-Length: %d\r\n\r\n", transfer), transfer, 1)
+}
+
+// exchange sends a head and then some bytes, and reads an answer to its end.
+func exchange(addr, head string, send, least int) (float64, error) {
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	buf := make([]byte, 256<<10)
+	began := time.Now()
+	if _, err := io.WriteString(c, head); err != nil {
+		return 0, err
+	}
+	for ; send > 0; send -= len(buf) {
+		if _, err := c.Write(buf); err != nil {
+			return 0, err
+		}
+	}
+	answer := bufio.NewReaderSize(c, 4096)
+	status, err := answer.ReadString('\n')
+	if err != nil || !strings.Contains(status, " 200 ") {
+		return 0, fmt.Errorf("%s answers %q, %v", addr, status, err)
+	}
+	got := 0
+	for {
+		n, err := answer.Read(buf)
+		got += n
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+	if got < least {
+		return 0, fmt.Errorf("%s sends only %d bytes", addr, got)
+	}
+	return transfer / (1 << 20) / time.Since(began).Seconds(), nil
+}
+
+func (b *bench) connections() (rows []row, err error) {
+	for _, at := range []int{1, 4} {
+		r, err := b.against(fmt.Sprintf("new connections, %d at a time", at), "/s", b.times(11),
+			func(addr string) (float64, error) { return connectionRate(addr, at) })
+		if err != nil {
+			return nil, err
+		}
+		rows = append(rows, r)
+	}
+	return rows, nil
+}
+
+// connectionRate is connections a second, each with an answer to GET.
+func connectionRate(addr string, at int) (_ float64, err error) {
+	const all = 400
+	var next atomic.Int64
+	failed := make(chan error, at)
+	began := time.Now()
+	for range at {
+		go func() {
+			for next.Add(1) <= all {
+				if err := look(addr); err != nil {
+					failed <- err
+					return
+				}
+			}
+			failed <- nil
+		}()
+	}
+	for range at {
+		err = errors.Join(err, <-failed)
+	}
+	return all / time.Since(began).Seconds(), err
+}
+
+func (b *bench) idle() ([]row, error) {
+	const window = 30 * time.Second
+	f, _, err := b.following(b.env["RIG_HOST"], 20)
+	if err != nil {
+		return nil, err
+	}
+	defer f.stop()
+	time.Sleep(3 * time.Second)
+	own := f.cmd.Process.Pid
+	pids := append([]int{own}, descendants(own)...)
+	used := func() (own, all time.Duration, err error) {
+		for i, pid := range pids {
+			t, err := cpuOf(pid)
+			if err != nil {
+				return 0, 0, err
+			}
+			if all += t; i == 0 {
+				own = t
+			}
+		}
+		return own, all, nil
+	}
+	own0, all0, err := used()
+	if err != nil {
+		return nil, f.explain(err)
+	}
+	began := time.Now()
+	time.Sleep(window)
+	own1, all1, err := used()
+	if err != nil {
+		return nil, f.explain(err)
+	}
+	percent := func(d time.Duration) float64 { return 100 * float64(d) / float64(time.Since(began)) }
+	share, ownShare := percent(all1-all0), percent(own1-own0)
+
+	var sum, ofRun memory
+	for i, pid := range pids {
+		m, err := memoryOf(pid)
+		if err != nil {
+			return nil, f.explain(err)
+		}
+		if sum.rss, sum.pss = sum.rss+m.rss, sum.pss+m.pss; i == 0 {
+			ofRun = m
+		}
+	}
+	return []row{
+		memoryRow("memory, 20 forwards", ofRun, 10<<20),
+		memoryRow("memory with its ssh, 20 forwards", sum, 16<<20),
+		{figure: "CPU idle with its ssh, 20 forwards", n: 1, median: fmt.Sprintf("%.3f %%", share),
+			reference: fmt.Sprintf("%.3f %% (of it rdhpf)", ownShare), goal: "< 0.1 %", met: share < 0.1,
+			note: fmt.Sprintf("Of one core, over %v.", window)},
+	}, nil
+}
+
+// memoryRow counts the resident set, the larger of the two numbers.
+func memoryRow(figure string, m memory, goal int) row {
+	return row{figure: figure, n: 1, median: mib(m.rss) + " RSS", reference: mib(m.pss) + " PSS",
+		goal: "≤ " + mib(goal), met: m.rss <= goal}
+}
+
+func (b *bench) hundredPorts() ([]row, error) {
+	f, _, err := b.following(b.env["RIG_HOST"], 1)
+	if err != nil {
+		return nil, err
+	}
+	defer f.stop()
+	c, err := b.create(b.base+100, 100)
+	if err != nil {
+		return nil, err
+	}
+	defer b.remove(c)
+	var took, looks samples
+	for range b.times(3) {
+		time.Sleep(quiet)
+		if err := b.start(c); err != nil {
+			return nil, err
+		}
+		all, look, err := twice([]*container{c})
+		if err != nil {
+			return nil, f.explain(err)
+		}
+		took.add(all)
+		looks.add(look)
+		if err := b.kill(c); err != nil {
+			return nil, err
+		}
+		for _, a := range c.addrs {
+			if err := refuses(a); err != nil {
+				return nil, f.explain(err)
+			}
+		}
+	}
+	return []row{lessLook("container with 100 ports started → all answer", took, looks, 60*time.Millisecond,
+		"From the return of the start call. The goal is for the difference.")}, nil
+}
+
+// thousandPorts has ten containers with a hundred ports each, there before rdhpf
+// is.
+func (b *bench) thousandPorts() ([]row, error) {
+	const each, containers = 100, 10
+	if _, err := b.running(0); err != nil {
+		return nil, err
+	}
+	ports, all := map[int]bool{}, []string{}
+	for i := range containers {
+		first := b.base + 200 + i*each
+		c, err := b.create(first, each)
+		if err != nil {
+			return nil, err
+		}
+		defer b.remove(c)
+		if err := b.start(c); err != nil {
+			return nil, err
+		}
+		all = append(all, c.addrs...)
+		for p := first; p < first+each; p++ {
+			ports[p] = true
+		}
+	}
+	var took, cold samples
+	var last memory
+	for range b.times(3) {
+		time.Sleep(time.Second)
+		began := time.Now()
+		f, err := b.run(b.env["RIG_HOST"])
+		if err != nil {
+			return nil, err
+		}
+		opened, err := b.allListen(f, ports)
+		if err == nil {
+			time.Sleep(3 * time.Second) // its probes
+			last, err = memoryOf(f.cmd.Process.Pid)
+		}
+		if err == nil {
+			err = allAnswer(all)
+		}
+		connected := f.connected
+		f.stop()
+		if err != nil {
+			return nil, f.explain(err)
+		}
+		took.add(opened.Sub(connected))
+		cold.add(opened.Sub(began))
+	}
+	open := durations("1,000 ports, list taken → all open", took, ms(cold.median())+" (since the process started)",
+		"", took.median(), time.Second)
+	open.note = "From the line that says connected, which comes with the first list, to a thousand listeners."
+	mem := memoryRow("memory, 1,000 forwards", last, 40<<20)
+	mem.note = fmt.Sprintf("The peak was %s.", mib(last.peak))
+	return []row{open, mem}, nil
+}
+
+// allListen waits until rdhpf is connected and all ports have a listener.
+func (b *bench) allListen(f *forwarder, ports map[int]bool) (time.Time, error) {
+	if err := f.ready(nil); err != nil {
+		return time.Time{}, err
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(2 * time.Millisecond) {
+		n, err := listening(ports)
+		now := time.Now()
+		if err != nil || n == len(ports) {
+			return now, err
+		}
+		if now.After(deadline) {
+			return now, fmt.Errorf("only %d of %d ports are open", n, len(ports))
+		}
+	}
+}

@@ -1,0 +1,220 @@
+package main
+
+// rpc.go: JSON-RPC in three dialects, told apart by the request: the plain form
+// without an id, JSON-RPC 1.0 with one (what Go's net/rpc/jsonrpc speaks), and
+// JSON-RPC 2.0. From a line to the line that answers it; no I/O.
+
+import (
+	"bytes"
+	"encoding/json"
+)
+
+// The codes of JSON-RPC 2.0, and ours.
+const (
+	rpcParse      = -32700
+	rpcInvalid    = -32600
+	rpcNoMethod   = -32601
+	rpcBadParams  = -32602
+	rpcFailed     = -32000 // what was asked for could not be done
+	maxBatch      = 100
+	dialectPlain  = ""
+	dialectOne    = "1.0"
+	dialectTwo    = "2.0"
+	noticeOfState = "status" // method of the notifications that follow a subscribe
+)
+
+type rpcError struct {
+	Code    int    `json:"code"`
+	Message string `json:"message"`
+}
+
+func (e *rpcError) Error() string { return e.Message }
+
+// rpcRequest is a request that was understood.
+type rpcRequest struct {
+	dialect string
+	method  string
+	params  json.RawMessage
+	id      json.RawMessage // nil: none
+	notice  bool            // nobody wants an answer
+	batched bool
+}
+
+// rpcHandler does what a request asks for. The result must marshal.
+type rpcHandler func(*rpcRequest) (any, *rpcError)
+
+// rpcAnswer answers one line, nil where none is due.
+func rpcAnswer(line []byte, handle rpcHandler) []byte {
+	line = bytes.TrimSpace(line)
+	if len(line) > 0 && line[0] == '[' {
+		return rpcBatch(line, handle)
+	}
+	var v json.RawMessage
+	if err := json.Unmarshal(line, &v); err != nil {
+		return rpcUnparsed(line)
+	}
+	return rpcOne(v, handle, false)
+}
+
+// rpcUnparsed answers what is no JSON, in the dialect that it seems to be meant in.
+func rpcUnparsed(line []byte) []byte {
+	if bytes.Contains(line, []byte(`"jsonrpc"`)) || len(line) > 0 && line[0] == '[' {
+		return (&rpcRequest{dialect: dialectTwo}).answer(nil, &rpcError{rpcParse, "Parse error"})
+	}
+	return (&rpcRequest{}).answer(nil, &rpcError{rpcParse, "Parse error"})
+}
+
+// rpcBatch answers a batch: an array of answers, nil where none is due.
+func rpcBatch(line []byte, handle rpcHandler) []byte {
+	two := &rpcRequest{dialect: dialectTwo}
+	var batch []json.RawMessage
+	switch err := json.Unmarshal(line, &batch); {
+	case err != nil:
+		return two.answer(nil, &rpcError{rpcParse, "Parse error"})
+	case len(batch) == 0:
+		return two.answer(nil, &rpcError{rpcInvalid, "Invalid Request"})
+	case len(batch) > maxBatch:
+		return two.answer(nil, &rpcError{rpcInvalid, "Invalid Request: over 100 in a batch"})
+	}
+	var answers [][]byte
+	for _, v := range batch {
+		if a := rpcOne(v, handle, true); a != nil {
+			answers = append(answers, a)
+		}
+	}
+	if answers == nil {
+		return nil
+	}
+	return append(append([]byte{'['}, bytes.Join(answers, []byte{','})...), ']')
+}
+
+// rpcOne answers one request, nil where none is due.
+func rpcOne(v json.RawMessage, handle rpcHandler, batched bool) []byte {
+	req, bad := rpcParseRequest(v)
+	if batched {
+		req.batched = true
+		if req.dialect != dialectTwo {
+			req.dialect, bad = dialectTwo, &rpcError{rpcInvalid, "Invalid Request"}
+		}
+	}
+	if bad != nil {
+		return req.answer(nil, bad)
+	}
+	result, failed := handle(req)
+	if req.notice {
+		return nil
+	}
+	return req.answer(result, failed)
+}
+
+// rpcParseRequest always returns a request that can be answered.
+func rpcParseRequest(v json.RawMessage) (*rpcRequest, *rpcError) {
+	req := &rpcRequest{}
+	invalid := &rpcError{rpcInvalid, "Invalid Request"}
+	var m map[string]json.RawMessage
+	if json.Unmarshal(v, &m) != nil || m == nil {
+		return req, invalid
+	}
+	id, hasID := m["id"]
+	if version, ok := m["jsonrpc"]; ok {
+		req.dialect = dialectTwo
+		var s string
+		if json.Unmarshal(version, &s) != nil || s != dialectTwo {
+			return req, invalid
+		}
+		if hasID && (id[0] == '{' || id[0] == '[' || id[0] == 't' || id[0] == 'f') {
+			return req, invalid
+		}
+		req.notice = !hasID
+	} else if hasID {
+		req.dialect = dialectOne
+		req.notice = string(id) == "null"
+	}
+	if hasID {
+		req.id = id
+	}
+	var method any
+	json.Unmarshal(m["method"], &method)
+	name, isString := method.(string)
+	params := m["params"]
+	structured := len(params) == 0 || params[0] == '{' || params[0] == '[' || string(params) == "null" && req.dialect != dialectTwo
+	if !isString || name == "" || !structured {
+		req.notice = false // it is no request at all, so no notification either
+		return req, invalid
+	}
+	req.method, req.params = name, params
+	return req, nil
+}
+
+// answer builds the answer to a request in its dialect.
+func (req *rpcRequest) answer(result any, failed *rpcError) []byte {
+	var v any
+	var id json.RawMessage = []byte("null")
+	if req.id != nil {
+		id = req.id
+	}
+	switch {
+	case req.dialect == dialectTwo && failed != nil:
+		v = struct {
+			JSONRPC string          `json:"jsonrpc"`
+			Error   *rpcError       `json:"error"`
+			ID      json.RawMessage `json:"id"`
+		}{dialectTwo, failed, id}
+	case req.dialect == dialectTwo:
+		v = struct {
+			JSONRPC string          `json:"jsonrpc"`
+			Result  any             `json:"result"`
+			ID      json.RawMessage `json:"id"`
+		}{dialectTwo, result, id}
+	default:
+		// net/rpc takes an error that is a string, and no other.
+		var message *string
+		if failed != nil {
+			message = &failed.Message
+		}
+		v = struct {
+			ID     json.RawMessage `json:"id,omitempty"`
+			Result any             `json:"result"`
+			Error  *string         `json:"error"`
+		}{req.id, result, message}
+	}
+	return mustJSON(v)
+}
+
+// notification builds one of the lines that follow the answer to a subscribe.
+func (req *rpcRequest) notification(status any) []byte {
+	switch req.dialect {
+	case dialectTwo:
+		return mustJSON(struct {
+			JSONRPC string `json:"jsonrpc"`
+			Method  string `json:"method"`
+			Params  any    `json:"params"`
+		}{dialectTwo, noticeOfState, status})
+	case dialectOne:
+		return mustJSON(struct {
+			ID     *int   `json:"id"`
+			Method string `json:"method"`
+			Params []any  `json:"params"`
+		}{nil, noticeOfState, []any{status}})
+	}
+	return req.answer(status, nil)
+}
+
+// mustJSON marshals what was made here, and so can be.
+func mustJSON(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
+// noParams refuses parameters: no method takes any. net/rpc/jsonrpc always sends
+// one, in an array.
+func (req *rpcRequest) noParams() *rpcError {
+	switch string(bytes.Join(bytes.Fields(req.params), nil)) {
+	case "", "null", "{}", "[]", "[{}]", "[null]":
+		return nil
+	}
+	return &rpcError{rpcBadParams, "Invalid params: " + req.method + " takes none"}
+}

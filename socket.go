@@ -1,0 +1,285 @@
+package main
+
+// socket.go: the unix socket on which a running instance answers, and the
+// client's end of it. What is read is answered from the board; only what changes
+// something goes to the loop.
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"time"
+)
+
+const (
+	maxLine       = 1 << 20          // bytes of a request
+	maxConns      = 128              // at once; one more ends the one that was silent longest
+	firstDeadline = 10 * time.Second // for a new client to say something
+	writeTimeout  = 10 * time.Second // for a client to take an answer
+	callTimeout   = 10 * time.Second // for the loop to do what was asked for
+	dialTimeout   = 2 * time.Second  // for an instance to answer `rdhpf status`
+)
+
+// server answers on the socket. All of it ends with the context given to serve.
+type server struct {
+	board *board
+	ask   func(ctx context.Context, method string) (any, error) // has the loop do something
+	stop  func()                                                // ends the instance
+
+	mu    sync.Mutex
+	conns map[*client]bool
+}
+
+// client is one connection.
+type client struct {
+	conn       net.Conn
+	heard      time.Time // of the last request; guarded by server.mu
+	write      sync.Mutex
+	subscribed bool // only its reader's
+}
+
+// listenSocket makes the socket, 0600. The caller holds the instance lock, so
+// what is in its place is left by a dead instance.
+func listenSocket(path string) (*net.UnixListener, error) {
+	if err := removeSocket(path); err != nil {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	if err := os.Chmod(path, 0o600); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// serve answers until ctx ends, then ends all connections and waits for them.
+func (s *server) serve(ctx context.Context, l *net.UnixListener) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	s.conns = make(map[*client]bool)
+	for {
+		conn, err := l.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		} else if err != nil { // out of file descriptors: others may close theirs
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(100 * time.Millisecond):
+				continue
+			}
+		}
+		if !allowed(conn) {
+			conn.Close()
+			continue
+		}
+		c := &client{conn: conn, heard: time.Now()}
+		s.admit(c)
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			s.talk(ctx, c)
+		}()
+	}
+}
+
+// allowed says whether the peer is us or root.
+func allowed(conn *net.UnixConn) bool {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	uid := -1
+	raw.Control(func(fd uintptr) { uid, err = peerUID(int(fd)) })
+	return err == nil && (uid == 0 || uid == os.Geteuid())
+}
+
+// admit makes room for c where there is none.
+func (s *server) admit(c *client) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.conns) >= maxConns {
+		var silent *client
+		for o := range s.conns {
+			if silent == nil || o.heard.Before(silent.heard) {
+				silent = o
+			}
+		}
+		silent.conn.Close()
+		delete(s.conns, silent)
+	}
+	s.conns[c] = true
+}
+
+// talk answers one client's requests in turn, until it leaves.
+func (s *server) talk(ctx context.Context, c *client) {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer func() {
+		if !c.subscribed {
+			cancel()
+		}
+		wg.Wait() // a subscriber that says no more may still listen
+		cancel()
+		c.conn.Close()
+		s.mu.Lock()
+		delete(s.conns, c)
+		s.mu.Unlock()
+	}()
+	defer context.AfterFunc(ctx, func() { c.conn.Close() })()
+	c.conn.SetReadDeadline(time.Now().Add(firstDeadline))
+	lines := bufio.NewScanner(c.conn)
+	lines.Buffer(nil, maxLine)
+	for lines.Scan() {
+		c.conn.SetReadDeadline(time.Time{})
+		s.mu.Lock()
+		c.heard = time.Now()
+		s.mu.Unlock()
+		if len(lines.Bytes()) == 0 {
+			continue
+		}
+		var then func()
+		answer := rpcAnswer(lines.Bytes(), func(req *rpcRequest) (any, *rpcError) {
+			result, after, failed := s.handle(ctx, c, req)
+			if after != nil {
+				then = after
+			}
+			return result, failed
+		})
+		if answer != nil && c.send(answer) != nil {
+			cancel()
+			return
+		}
+		if then != nil {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				then()
+			}()
+		}
+	}
+	if errors.Is(lines.Err(), bufio.ErrTooLong) {
+		c.send((&rpcRequest{}).answer(nil, &rpcError{rpcParse, fmt.Sprintf("Parse error: a line over %d bytes", maxLine)}))
+	}
+}
+
+func (c *client) send(line []byte) error {
+	c.write.Lock()
+	defer c.write.Unlock()
+	c.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
+	_, err := c.conn.Write(append(line, '\n'))
+	return err
+}
+
+// handle does what a request asks for. after, where there is one, is done once
+// the answer is sent.
+func (s *server) handle(ctx context.Context, c *client, req *rpcRequest) (result any, after func(), failed *rpcError) {
+	switch req.method {
+	case "status", "health", "pause", "resume", "reload", "stop", "subscribe":
+		if failed := req.noParams(); failed != nil {
+			return nil, nil, failed
+		}
+	default:
+		return nil, nil, &rpcError{rpcNoMethod, "Method not found"}
+	}
+	snap, next := s.board.look()
+	switch req.method {
+	case "status":
+		return snap.at(time.Now()), nil, nil
+	case "health":
+		return snap.health(time.Now()), nil, nil
+	case "stop":
+		return map[string]bool{"stopping": true}, s.stop, nil
+	case "subscribe":
+		if req.batched || c.subscribed {
+			return nil, nil, &rpcError{rpcInvalid, "Invalid Request: one subscribe a connection, and none in a batch"}
+		}
+		c.subscribed = true
+		return snap.at(time.Now()), func() { s.follow(ctx, c, req, next) }, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	result, err := s.ask(ctx, req.method)
+	if err != nil {
+		return nil, nil, &rpcError{rpcFailed, err.Error()}
+	}
+	return result, nil, nil
+}
+
+// follow sends a line at each change. A client that is slow misses some.
+func (s *server) follow(ctx context.Context, c *client, req *rpcRequest, next <-chan struct{}) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-next:
+		}
+		var snap *snapshot
+		snap, next = s.board.look()
+		if c.send(req.notification(snap.at(time.Now()))) != nil {
+			c.conn.Close() // ends the reader too
+			return
+		}
+	}
+}
+
+// dialInstance connects to a running instance, which must be ours or root's.
+func dialInstance(path string) (*net.UnixConn, error) {
+	conn, err := (&net.Dialer{Timeout: dialTimeout}).Dial("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	uc := conn.(*net.UnixConn)
+	if !allowed(uc) {
+		uc.Close()
+		return nil, fmt.Errorf("%s belongs to another user's process", path)
+	}
+	return uc, nil
+}
+
+// rpcReply is an answer in the plain dialect.
+type rpcReply struct {
+	Result json.RawMessage `json:"result"`
+	Error  *string         `json:"error"`
+}
+
+// call asks a running instance and decodes its answer into result.
+func call(path, method string, result any) error {
+	conn, err := dialInstance(path)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(dialTimeout + callTimeout))
+	if method == "status" || method == "health" {
+		conn.SetDeadline(time.Now().Add(dialTimeout))
+	}
+	if _, err := fmt.Fprintf(conn, `{"method":%q,"params":{}}`+"\n", method); err != nil {
+		return err
+	}
+	return readReply(json.NewDecoder(conn), result)
+}
+
+// readReply reads one answer.
+func readReply(dec *json.Decoder, result any) error {
+	var reply rpcReply
+	if err := dec.Decode(&reply); err != nil {
+		return fmt.Errorf("reading the answer: %w", err)
+	}
+	if reply.Error != nil {
+		return errors.New(printable(*reply.Error, 1000))
+	}
+	return json.Unmarshal(reply.Result, result)
+}
