@@ -6,9 +6,13 @@ package main
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"time"
+)
+
+const (
+	lastWords    = 100 * time.Millisecond // for the master's end to be seen
+	steadyEngine = 5 * time.Second        // an engine that answered that long failed for the first time
 )
 
 // What the link tells the loop.
@@ -39,7 +43,7 @@ type link struct {
 	batches chan []action // what to open and close
 	relist  chan struct{} // one place: a list is wanted
 	cancel  context.CancelFunc
-	first   bool // none was up before: an engine that does not answer ends it
+	first   bool // none worked before: an engine that does not answer ends it
 	send    func(any)
 	why     error // the loop's reason to end it
 }
@@ -91,13 +95,18 @@ func (l *link) run(ctx context.Context, ssh sshProgram, h host, control string, 
 	start(func() error { return l.keepListing(ctx, m, h.socket, listed) })
 	start(func() error { return l.keepFollowing(ctx, m, h.socket, listed) })
 	<-ctx.Done()
-	return context.Cause(ctx)
+	// Where the master ended, others may have noticed first; it knows why.
+	select {
+	case <-m.done:
+		return m.exitError()
+	case <-time.After(lastWords):
+		return context.Cause(ctx)
+	}
 }
 
 // keepListing lists once, then at each wish. listed is closed after the first.
 func (l *link) keepListing(ctx context.Context, m *master, socket string, listed chan struct{}) error {
-	var once sync.Once
-	return l.keep(ctx, m, socket, func(e *engine) error {
+	return l.keep(ctx, m, socket, func(e *engine, worked func()) error {
 		for {
 			began := time.Now()
 			list, err := e.list()
@@ -105,7 +114,11 @@ func (l *link) keepListing(ctx context.Context, m *master, socket string, listed
 				return err
 			}
 			l.send(listTaken{list, time.Since(began), e.server})
-			once.Do(func() { close(listed) })
+			worked()
+			if listed != nil {
+				close(listed)
+				listed = nil
+			}
 			select {
 			case <-ctx.Done():
 				return ctx.Err()
@@ -123,35 +136,40 @@ func (l *link) keepFollowing(ctx context.Context, m *master, socket string, list
 		return ctx.Err()
 	case <-listed:
 	}
-	return l.keep(ctx, m, socket, func(e *engine) error {
-		return e.events(func() { l.send(eventsFollowed{}) }, func(ev event) { l.send(engineEvent{ev}) })
+	return l.keep(ctx, m, socket, func(e *engine, worked func()) error {
+		subscribed := func() {
+			worked()
+			l.send(eventsFollowed{})
+		}
+		return e.events(subscribed, func(ev event) { l.send(engineEvent{ev}) })
 	})
 }
 
 // keep has work done on a connection to the engine, and on a new one whenever
 // that fails, until ctx ends. A connection that just ended and comes back at
-// once is nothing to tell of.
-func (l *link) keep(ctx context.Context, m *master, socket string, work func(*engine) error) error {
+// once is nothing to tell of; one that never worked ends a first link.
+func (l *link) keep(ctx context.Context, m *master, socket string, work func(e *engine, worked func()) error) error {
+	worked, told := false, false
 	for failures := 0; ; {
 		began := time.Now()
 		e, err := dialEngine(m.control, socket, listTimeout)
 		if err == nil {
 			stop := context.AfterFunc(ctx, func() { e.Close() })
-			err = work(e)
+			err = work(e, func() { worked, told = true, false })
 			stop()
 			e.Close()
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		var refused *muxError
-		if l.first || errors.As(err, &refused) {
+		if l.first && !worked {
 			return &connectError{said: err.Error()}
 		}
-		if time.Since(began) > 5*time.Second {
+		if time.Since(began) > steadyEngine {
 			failures = 0
 		}
-		if failures++; failures == 2 {
+		if failures++; failures > 1 && !told {
+			told = true
 			l.send(engineLost{err})
 		}
 		select {

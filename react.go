@@ -24,6 +24,7 @@ func (r *runner) take(m message) error {
 	case listTaken:
 		r.listed(now, v)
 	case eventsFollowed:
+		r.proven = true
 		r.link.wantList()
 		r.listDue = now.Add(settleAfter)
 	case engineEvent:
@@ -156,7 +157,7 @@ func (r *runner) down(now time.Time, err error) error {
 	if r.link.why != nil {
 		err = r.link.why
 	}
-	if r.link.first {
+	if !r.proven && !r.retry {
 		return err
 	}
 	c := &r.shown.Connection

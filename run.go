@@ -101,6 +101,7 @@ type runner struct {
 	queue    []action // for the link to open and close
 	rtt      time.Duration
 	everUp   bool
+	proven   bool // a connection worked in full: from now on none is given up
 	failures int
 	retryAt  time.Time
 	lastErr  error     // why there is no connection
@@ -223,7 +224,7 @@ func (r *runner) connect(ctx context.Context) {
 	linkCtx, cancel := context.WithCancel(ctx)
 	l := &link{
 		batches: make(chan []action), relist: make(chan struct{}, 1), cancel: cancel,
-		first: !r.everUp && !r.retry,
+		first: !r.proven && !r.retry,
 		send:  func(what any) { r.send(linkCtx, gen, what) },
 	}
 	r.link, r.queue, r.master, r.retryAt = l, nil, nil, time.Time{}

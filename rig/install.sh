@@ -14,6 +14,7 @@ cmd_install() {
 	fi
 	for t in $missing; do
 		case $t in
+		cc) pkgs+=(gcc libc6-dev) ;; # for go test -race
 		sshd) pkgs+=(openssh-server) ;;
 		ssh | ssh-keygen) pkgs+=(openssh-client) ;;
 		dockerd | containerd | runc) pkgs+=(docker.io) ;;

@@ -1,0 +1,25 @@
+# What people and CI run. The rig is a disposable remote Docker host, see rig/README.md.
+
+.PHONY: build test demo bench soak fuzz
+
+build:
+	go build -trimpath -o rdhpf .
+
+# As root on Debian, what the tests need is installed first; elsewhere they say
+# what they skip. -count=1: a rig is no input that the test cache knows of.
+test:
+	@rig/rig install || { [ -z "$$CI" ] && echo "tests that need the rig will be skipped"; }
+	go vet ./...
+	go test -race -count=1 -timeout 20m ./...
+
+demo:
+	@rig/rig install
+	@rig/demo
+
+bench:
+	@rig/rig install
+	go run ./rig/bench
+
+fuzz:
+	@for f in $$(grep -ho 'func Fuzz[A-Za-z0-9]*' *_test.go | cut -d' ' -f2); do \
+		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $${FUZZTIME:-30s} . || exit 1; done
