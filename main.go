@@ -186,7 +186,11 @@ func stopOnSignal(stop func()) {
 	// Without this a write to a closed stderr would kill us before we clean up.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
 	c := make(chan os.Signal, 2)
-	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	for _, sig := range []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP} {
+		if !signal.Ignored(sig) { // nohup, or a script's background job
+			signal.Notify(c, sig)
+		}
+	}
 	<-c
 	stop()
 	sig := <-c
