@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -92,9 +93,9 @@ func discardTo(r *bufio.Reader, mark string) error {
 }
 
 // fail explains an error on the connection in the remote's own words, where it
-// said any.
+// said any, and what to try.
 func (e *engine) fail(doing string, err error) error {
-	if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+	if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.EPIPE) {
 		return fmt.Errorf("%s: %w", doing, err)
 	}
 	code, _ := e.s.wait(time.Second)
@@ -102,10 +103,19 @@ func (e *engine) fail(doing string, err error) error {
 	if i := strings.LastIndex(said, e.mark); i >= 0 {
 		said = said[i+len(e.mark):]
 	}
-	if said = printable(strings.TrimSpace(said), 1000); said != "" {
-		return fmt.Errorf("%s: %s", doing, said)
+	if said = printable(strings.TrimSpace(said), 1000); said == "" {
+		return fmt.Errorf("%s: it ended with exit status %d and no word", doing, code)
 	}
-	return fmt.Errorf("%s: it ended with exit status %d and no word", doing, code)
+	hint := ""
+	switch low := strings.ToLower(said); {
+	case strings.Contains(low, "not found"):
+		hint = " (is docker or podman on the PATH that ssh gives there?)"
+	case strings.Contains(low, "permission denied"):
+		hint = " (may that user use docker there?)"
+	case strings.Contains(low, "connect"):
+		hint = " (does the engine run there? docker context ls there tells which one is meant)"
+	}
+	return fmt.Errorf("docker on the remote host: %s%s", said, hint)
 }
 
 // get sends a request. The caller reads the body to its end, then closes it.

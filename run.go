@@ -147,11 +147,9 @@ func (r *runner) snapshot() *snapshot {
 	return &snap
 }
 
-// loop runs until ctx ends, with nil, or until the first connection fails.
+// loop runs until ctx ends, with nil, or until the first connection fails. What
+// it started ends with ctx; run waits for it.
 func (r *runner) loop(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer r.wg.Wait()
-	defer cancel()
 	tick := time.NewTicker(tickEvery)
 	defer tick.Stop()
 	r.lastTick = time.Now()

@@ -232,7 +232,7 @@ func (m *master) exitError() error {
 	case strings.Contains(all, "Permission denied ("):
 		return &connectError{"ssh: " + last + " rdhpf asks for no password: use a key or an agent that ssh takes without one", true}
 	case last != "":
-		return &connectError{said: "ssh: " + last}
+		return &connectError{said: "ssh: " + strings.TrimPrefix(last, "ssh: ")}
 	}
 	return &connectError{said: "ssh ended: " + m.cmd.ProcessState.String()}
 }

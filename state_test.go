@@ -1,13 +1,16 @@
 package main
 
 // Tests of the core: what it does and shows, step by step, for each thing that
-// can happen; and what it leaves behind. The random test is in model_test.go.
+// can happen; then at random against a simulated engine and master; and what it
+// leaves behind.
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
 	"regexp"
 	"runtime"
@@ -177,7 +180,7 @@ func owner(text, who string) happening {
 }
 func dies(id string) happening   { return func(d *driver) { d.diedNow(d.now, id) } }
 func starts(id string) happening { return func(d *driver) { d.startedNow(id) } }
-func pauses(p bool) happening    { return func(d *driver) { d.pause(p) } }
+func pauses(p bool) happening    { return func(d *driver) { d.pause(d.now, p) } }
 func reloads(c *config) happening {
 	return func(d *driver) { d.configure(d.now, c) }
 }
@@ -709,8 +712,8 @@ func TestStateNoteAttrs(t *testing.T) {
 // subscription are the truth.
 func TestStartsMissed(t *testing.T) {
 	web := ctr(idA, "web", "8080")
-	r := &runner{state: newState(plainConfig(), 2), link: &link{relist: make(chan struct{}, 1)},
-		log: slog.New(slog.NewTextHandler(io.Discard, nil))}
+	r := newRunner(runOptions{log: slog.New(slog.NewTextHandler(io.Discard, nil))}, paths{}, sshProgram{}, plainConfig())
+	r.link = &link{relist: make(chan struct{}, 1)}
 	tell := func(what any) {
 		t.Helper()
 		if err := r.take(message{what: what}); err != nil {
@@ -833,5 +836,484 @@ func TestStateChurn(t *testing.T) {
 	}
 	if now := heapSize(); now > size+1<<20 {
 		t.Errorf("heap grew from %d to %d bytes", size, now)
+	}
+}
+
+// What follows is the core at random: a simulated engine, link and master of
+// which anything may happen at any time, and what has to hold all the while and
+// once everything has calmed down.
+
+// simContainer is a container of the simulated engine.
+type simContainer struct {
+	container
+	answers bool // its service does
+}
+
+// simEvent is something that is going to happen.
+type simEvent struct {
+	at time.Time
+	n  int // order of those at the same time
+	do func()
+}
+
+type simulation struct {
+	*driver
+	rng     *rand.Rand
+	coming  []simEvent // in order
+	n       int
+	trouble []string
+
+	made    []simContainer
+	running map[string]bool
+	zombies map[string]time.Time // dead, listed until then
+
+	up, subscribed bool
+	life           int // of the link: what it tells is of no worth once it is down
+	gen            int // as the loop counts links
+	listing, again bool
+	listDue        time.Time
+	eventsAt       time.Time // when the last event arrives; they stay in order
+
+	master   map[key]bool
+	masterAt time.Time // when it has done all that it was asked; it keeps the order
+	opening  map[key]bool
+	closing  map[key]bool
+	taken    map[netip.AddrPort]bool // by others
+	probing  int
+}
+
+// after has do happen within the time given, and the core asked then what to do.
+func (w *simulation) after(most time.Duration, do func()) {
+	w.at(w.now.Add(time.Duration(w.rng.Int64N(int64(most)+1))), do)
+}
+
+func (w *simulation) at(at time.Time, do func()) {
+	w.n++
+	e := simEvent{at, w.n, do}
+	i, _ := slices.BinarySearchFunc(w.coming, e, func(a, b simEvent) int {
+		return cmp.Or(a.at.Compare(b.at), cmp.Compare(a.n, b.n))
+	})
+	w.coming = slices.Insert(w.coming, i, e)
+}
+
+// ofLink is after for what dies with the link.
+func (w *simulation) ofLink(most time.Duration, do func()) {
+	life := w.life
+	w.after(most, func() {
+		if w.life == life {
+			do()
+		}
+	})
+}
+
+func (w *simulation) wrong(format string, args ...any) {
+	w.trouble = append(w.trouble, fmt.Sprintf("+%v: ", w.now.Sub(epoch))+fmt.Sprintf(format, args...))
+}
+
+// runUntil lets everything happen that is due by then.
+func (w *simulation) runUntil(until time.Time) {
+	for {
+		acts, wake := w.state.plan(w.now)
+		w.said()
+		w.check()
+		w.carryOut(acts)
+		if w.up && !w.listDue.After(w.now) {
+			w.list()
+			continue
+		}
+		next := until
+		for _, due := range []time.Time{wake, w.listDue} {
+			if due.After(w.now) && due.Before(next) {
+				next = due
+			}
+		}
+		if len(w.coming) > 0 && !w.coming[0].at.After(next) {
+			e := w.coming[0]
+			w.coming = w.coming[1:]
+			w.now = e.at
+			e.do()
+			continue
+		}
+		if !next.Before(until) {
+			w.now = until
+			return
+		}
+		w.now = next
+	}
+}
+
+// check is what has to hold at any time once the core was asked what to do.
+func (w *simulation) check() {
+	if w.probes < 0 || w.probes > w.probeMax {
+		w.wrong("%d probes counted", w.probes)
+	}
+	for k, f := range w.forwards {
+		if f.key != k {
+			w.wrong("forward %v filed under %v", f.key, k)
+		}
+		if f.status != active && f.status != conflict && f.status != pending {
+			w.wrong("%s has status %q", keyText(k), f.status)
+		}
+		if (f.status == active) != (f.reason == "") {
+			w.wrong("%s is %s with reason %q", keyText(k), f.status, f.reason)
+		}
+		if f.reason != printable(f.reason, 1000) {
+			w.wrong("%s has a reason that cannot be printed: %q", keyText(k), f.reason)
+		}
+		if f.updated.Before(f.created) {
+			w.wrong("%s was updated before it was created", keyText(k))
+		}
+		if f.wanted && f.status == active && !w.master[k] && w.up {
+			w.wrong("%s is active and not open", keyText(k))
+		}
+	}
+}
+
+func (w *simulation) carryOut(acts []action) {
+	opens := false
+	for _, a := range acts {
+		k, life, gen := a.key, w.life, w.gen
+		switch a.verb {
+		case openPort, closePort:
+			if !w.up {
+				w.wrong("%s asked for with no link", keyText(k))
+			}
+			if w.opening[k] || w.closing[k] {
+				w.wrong("%s asked for while the last is under way", keyText(k))
+			}
+			opens = opens || a.verb == openPort
+			if a.verb == closePort && opens {
+				w.wrong("a close after an open")
+			}
+			w.masterAt = latest(w.masterAt, w.now).Add(time.Duration(w.rng.Int64N(int64(5 * time.Millisecond))))
+			if a.verb == openPort {
+				for other := range w.opening {
+					if other.local == k.local {
+						w.wrong("%s and %s opened at once", keyText(k), keyText(other))
+					}
+				}
+				w.opening[k] = true
+				w.at(w.masterAt, func() { w.open(k, life) })
+			} else {
+				w.closing[k] = true
+				w.at(w.masterAt, func() {
+					if w.life == life {
+						delete(w.closing, k)
+						delete(w.master, k)
+						w.closeDone(k)
+					}
+				})
+			}
+		case probePort:
+			if w.probing++; w.probing > w.probeMax*2 { // those of the last link may still be under way
+				w.wrong("%d probes at once", w.probing)
+			}
+			w.after(300*time.Millisecond, func() {
+				result := w.look(k)
+				w.after(50*time.Millisecond, func() {
+					w.probing--
+					if w.gen == gen {
+						w.probeDone(w.now, k, a.seq, result)
+					}
+				})
+			})
+		case findOwner:
+			w.after(100*time.Millisecond, func() {
+				if w.gen == gen {
+					w.ownerFound(w.now, k, "somebody, pid 1")
+				}
+			})
+		}
+	}
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// open is the master's.
+func (w *simulation) open(k key, life int) {
+	if w.life != life {
+		return
+	}
+	delete(w.opening, k)
+	var err error
+	switch {
+	case w.taken[k.local]:
+		err = syscall.EADDRINUSE
+	case k.local.Port() < 1024:
+		err = fmt.Errorf("binding: %w", syscall.EACCES)
+	case w.rng.IntN(50) == 0:
+		err = errors.New("the master is in a bad mood")
+	}
+	for other := range w.master {
+		if other.local == k.local && other != k {
+			w.wrong("%s opened while %s has the port", keyText(k), keyText(other))
+			err = syscall.EADDRINUSE
+		}
+	}
+	if err == nil {
+		w.master[k] = true
+	}
+	w.openDone(w.now, k, err)
+}
+
+// look is what a probe sees.
+func (w *simulation) look(k key) probeResult {
+	if !w.master[k] {
+		return probeGone
+	}
+	for _, c := range w.made {
+		if w.running[c.id] && c.remote() == k.remote && c.answers {
+			return probeAnswered
+		}
+	}
+	return []probeResult{probeSilent, probeSilent, probeRefused}[w.rng.IntN(3)]
+}
+
+func (c *simContainer) remote() netip.AddrPort {
+	return netip.AddrPortFrom(dialable(c.ports[0].ip), c.ports[0].public)
+}
+
+// list asks for a list, unless one is under way.
+func (w *simulation) list() {
+	if w.listDue = w.now.Add(relistEvery); w.listing {
+		w.again = true
+		return
+	}
+	w.listing = true
+	w.ofLink(5*time.Millisecond, func() {
+		var list []container
+		for _, i := range w.rng.Perm(len(w.made)) {
+			c := w.made[i]
+			if w.running[c.id] || w.zombies[c.id].After(w.now) {
+				list = append(list, c.container)
+			}
+		}
+		w.ofLink(20*time.Millisecond, func() {
+			w.listed(w.now, list)
+			if w.listing = false; !w.subscribed {
+				w.ofLink(20*time.Millisecond, func() {
+					w.subscribed = true
+					w.list()
+					w.listDue = w.now.Add(settleAfter)
+				})
+			}
+			if w.again {
+				w.again = false
+				w.list()
+			}
+		})
+	})
+}
+
+// tell emits an event of the engine.
+func (w *simulation) tell(do happening) {
+	if !w.up || !w.subscribed {
+		return
+	}
+	w.eventsAt = latest(w.eventsAt, w.now.Add(time.Duration(w.rng.Int64N(int64(20*time.Millisecond)))))
+	life := w.life
+	w.at(w.eventsAt, func() {
+		if w.life == life {
+			do(w.driver)
+			w.list()
+		}
+	})
+}
+
+func (w *simulation) connect() {
+	if w.up {
+		return
+	}
+	w.up, w.gen = true, w.gen+1
+	w.list()
+}
+
+func (w *simulation) disconnect() {
+	if !w.up {
+		return
+	}
+	w.up, w.subscribed, w.listing, w.again, w.life, w.listDue = false, false, false, false, w.life+1, time.Time{}
+	clear(w.master)
+	clear(w.opening)
+	clear(w.closing)
+	w.disconnected()
+}
+
+// startOne starts a container, if what it publishes is free.
+func (w *simulation) startOne(c *simContainer) {
+	for _, o := range w.made {
+		if w.running[o.id] && o.remote() == c.remote() {
+			return
+		}
+	}
+	delete(w.zombies, c.id)
+	w.running[c.id], c.paused = true, false
+	w.tell(starts(c.id))
+}
+
+func (w *simulation) stopOne(c *simContainer) {
+	if !w.running[c.id] {
+		return
+	}
+	delete(w.running, c.id)
+	if w.rng.IntN(2) == 0 {
+		w.zombies[c.id] = w.now.Add(100 * time.Millisecond)
+	}
+	w.tell(dies(c.id))
+}
+
+func (w *simulation) somethingHappens() {
+	c := &w.made[w.rng.IntN(len(w.made))]
+	switch n := w.rng.IntN(100); {
+	case n < 35:
+		w.startOne(c)
+	case n < 55:
+		w.stopOne(c)
+	case n < 65:
+		w.stopOne(c)
+		w.startOne(c)
+	case n < 75:
+		if w.running[c.id] {
+			c.paused = !c.paused
+			w.tell(waits)
+		}
+	case n < 80:
+		local := netip.AddrPortFrom(loopback4, uint16(8000+w.rng.IntN(4)))
+		held := false
+		for k := range w.master {
+			held = held || k.local == local
+		}
+		if w.taken[local] {
+			delete(w.taken, local)
+		} else if !held {
+			w.taken[local] = true
+		}
+	case n < 84:
+		w.configure(w.now, w.anyConfig())
+	case n < 88:
+		w.pause(w.now, !w.paused)
+	case n < 91:
+		w.disconnect()
+	case n < 94 && w.up: // the stream of events ends and is taken up again
+		w.subscribed = false
+		w.list()
+	default:
+		w.connect()
+	}
+}
+
+func (w *simulation) anyConfig() *config {
+	cfg := &config{bind: loopback4}
+	if w.rng.IntN(2) == 0 {
+		cfg.mapped = map[uint16]uint16{8000: 8001, 8002: uint16(8000 + w.rng.IntN(4)), 8003: 80}
+	}
+	if w.rng.IntN(3) == 0 {
+		cfg.skip = []portRange{{8001, 8001}}
+	}
+	if w.rng.IntN(4) == 0 {
+		cfg.only = []portRange{{8000, 8002}}
+	}
+	return cfg
+}
+
+// calm checks what has to hold when nothing has happened for a while.
+func (w *simulation) calm() {
+	var list []container
+	answers := make(map[key]bool)
+	for _, c := range w.made {
+		if w.running[c.id] {
+			list = append(list, c.container)
+		}
+	}
+	wants, _ := desired(list, w.cfg)
+	locals := make(map[netip.AddrPort]int)
+	for k := range wants {
+		for _, c := range w.made {
+			if w.running[c.id] && c.remote() == k.remote {
+				answers[k] = c.answers
+			}
+		}
+		if w.master[k] {
+			locals[k.local]++
+		}
+	}
+	for k, f := range w.forwards {
+		if _, ok := wants[k]; !ok {
+			w.wrong("%s is left over: wanted %v, open %v", keyText(k), f.wanted, f.open)
+		}
+	}
+	for k := range w.master {
+		if _, ok := wants[k]; !ok || w.paused {
+			w.wrong("%s is open and should not be", keyText(k))
+		}
+	}
+	for k, c := range wants {
+		f := w.forwards[k]
+		if f == nil {
+			w.wrong("%s is missing", keyText(k))
+			continue
+		}
+		status, reason := pending, "*"
+		switch {
+		case w.paused:
+			reason = reasonPaused
+		case w.taken[k.local] || k.local.Port() < 1024:
+			status = conflict
+		case locals[k.local] == 0:
+			w.wrong("nobody has %s", k.local)
+			continue
+		case !w.master[k]:
+			status, reason = conflict, fmt.Sprintf("%s is taken by *", k.local)
+			for o := range w.master {
+				if o.local == k.local {
+					reason = "*" + wants[o].who() + "*"
+				}
+			}
+		case c.paused:
+			reason = reasonFrozen
+		case answers[k]:
+			status, reason = active, ""
+		default:
+			if f.reason != reasonRefused {
+				reason = reasonSilent
+			}
+		}
+		if f.status != status || !matches(reason, f.reason) || f.want != c {
+			w.wrong("%s is %s %q of %s, want %s %q of %s", keyText(k), f.status, f.reason, f.who(), status, reason, c.who())
+		}
+	}
+	if len(w.died) != 0 || w.probes > w.probing {
+		w.wrong("%d remembered as dead, %d probes counted with %d under way", len(w.died), w.probes, w.probing)
+	}
+}
+
+func TestStateAtRandom(t *testing.T) {
+	for seed := uint64(1); seed <= 60; seed++ {
+		w := &simulation{driver: newDriver(t, plainConfig(), 3), rng: rand.New(rand.NewPCG(seed, 41)),
+			running: make(map[string]bool), zombies: make(map[string]time.Time), master: make(map[key]bool),
+			opening: make(map[key]bool), closing: make(map[key]bool), taken: make(map[netip.AddrPort]bool)}
+		for i := 0; i < 10; i++ {
+			ip := []string{"0.0.0.0", "10.0.0.2", "::1"}[w.rng.IntN(3)]
+			a := netip.AddrPortFrom(netip.MustParseAddr(ip), uint16(8000+w.rng.IntN(4)))
+			w.made = append(w.made, simContainer{ctr(fmt.Sprintf("%012x", i+1), fmt.Sprintf("c%d", i), a.String()), w.rng.IntN(3) > 0})
+		}
+		for round := 0; round < 4; round++ {
+			for i := 0; i < 60; i++ {
+				w.somethingHappens()
+				w.runUntil(w.now.Add(time.Duration(w.rng.Int64N(int64(200 * time.Millisecond)))))
+			}
+			w.connect()
+			w.pause(w.now, round == 2)
+			w.runUntil(w.now.Add(2 * time.Minute))
+			w.calm()
+		}
+		if len(w.trouble) > 0 {
+			t.Fatalf("seed %d:\n%s", seed, strings.Join(w.trouble[:min(len(w.trouble), 10)], "\n"))
+		}
 	}
 }

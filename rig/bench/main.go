@@ -93,8 +93,9 @@ func (b *bench) all(pattern *regexp.Regexp) (rows []row, err error) {
 		if !pattern.MatchString(f.name) {
 			continue
 		}
-		fmt.Fprintf(os.Stderr, "bench: %s\n", f.name)
+		began := time.Now()
 		more, err := f.measure(b)
+		fmt.Fprintf(os.Stderr, "bench: %s took %.1f s\n", f.name, time.Since(began).Seconds())
 		if err != nil {
 			return rows, fmt.Errorf("%s: %w", f.name, err)
 		}
