@@ -33,6 +33,9 @@ type engine struct {
 	server string // "Docker/20.10.24 (linux)", once something was answered
 }
 
+// errMaster marks an error that is the ssh master's and not the engine's.
+var errMaster = errors.New("the ssh master does not answer")
+
 // dialEngine opens a session of the master and speaks to the engine in it.
 // Start-up noise of the remote shell is discarded up to a marker.
 func dialEngine(control, socket string, timeout time.Duration) (*engine, error) {
@@ -45,7 +48,7 @@ func dialEngine(control, socket string, timeout time.Duration) (*engine, error) 
 		if errors.As(err, &refused) {
 			return nil, fmt.Errorf("the SSH server opens no further session (%w): rdhpf needs two, see MaxSessions in its sshd_config", err)
 		}
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errMaster, err)
 	}
 	e := &engine{s: s, r: bufio.NewReader(s), mark: mark}
 	s.SetReadDeadline(time.Now().Add(timeout))

@@ -110,7 +110,7 @@ func (m *master) serve(ctx context.Context, batches <-chan []action, report func
 		case batch := <-batches:
 			done, err := m.carryOut(conn, batch)
 			if err != nil {
-				return fmt.Errorf("the ssh master does not answer: %w", err)
+				return fmt.Errorf("%w: %w", errMaster, err)
 			}
 			report(done)
 		case <-tick.C:
@@ -118,7 +118,7 @@ func (m *master) serve(ctx context.Context, batches <-chan []action, report func
 				return fmt.Errorf("somebody removed or replaced %s", m.control)
 			}
 			if _, err := conn.alive(muxTimeout); err != nil {
-				return fmt.Errorf("the ssh master does not answer: %w", err)
+				return fmt.Errorf("%w: %w", errMaster, err)
 			}
 		}
 	}

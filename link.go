@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 )
@@ -69,12 +70,12 @@ func (l *link) run(ctx context.Context, ssh sshProgram, h host, control string, 
 	if err != nil {
 		return err
 	}
-	defer m.stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer m.stop() // first: a master that does not answer holds the others up
 	l.send(linkUp{m})
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	var wg sync.WaitGroup
-	defer wg.Wait()
 	start := func(part func() error) {
 		wg.Add(1)
 		go func() {
@@ -106,7 +107,7 @@ func (l *link) run(ctx context.Context, ssh sshProgram, h host, control string, 
 
 // keepListing lists once, then at each wish. listed is closed after the first.
 func (l *link) keepListing(ctx context.Context, m *master, socket string, listed chan struct{}) error {
-	return l.keep(ctx, m, socket, func(e *engine, worked func()) error {
+	return l.keep(ctx, m, socket, true, func(e *engine, worked func()) error {
 		for {
 			began := time.Now()
 			list, err := e.list()
@@ -136,7 +137,7 @@ func (l *link) keepFollowing(ctx context.Context, m *master, socket string, list
 		return ctx.Err()
 	case <-listed:
 	}
-	return l.keep(ctx, m, socket, func(e *engine, worked func()) error {
+	return l.keep(ctx, m, socket, false, func(e *engine, worked func()) error {
 		subscribed := func() {
 			worked()
 			l.send(eventsFollowed{})
@@ -147,8 +148,9 @@ func (l *link) keepFollowing(ctx context.Context, m *master, socket string, list
 
 // keep has work done on a connection to the engine, and on a new one whenever
 // that fails, until ctx ends. A connection that just ended and comes back at
-// once is nothing to tell of; one that never worked ends a first link.
-func (l *link) keep(ctx context.Context, m *master, socket string, work func(e *engine, worked func()) error) error {
+// once is nothing to tell of. On a first link it has to work, where it must; and
+// no server that refuses the session will change its mind.
+func (l *link) keep(ctx context.Context, m *master, socket string, must bool, work func(e *engine, worked func()) error) error {
 	worked, told := false, false
 	for failures := 0; ; {
 		began := time.Now()
@@ -162,13 +164,14 @@ func (l *link) keep(ctx context.Context, m *master, socket string, work func(e *
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if l.first && !worked {
-			return &connectError{said: err.Error()}
+		var refused *muxError
+		if l.first && !worked && (must || errors.As(err, &refused)) {
+			return err
 		}
 		if time.Since(began) > steadyEngine {
 			failures = 0
 		}
-		if failures++; failures > 1 && !told {
+		if failures++; failures > 1 && !told && !errors.Is(err, errMaster) {
 			told = true
 			l.send(engineLost{err})
 		}

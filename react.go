@@ -157,7 +157,8 @@ func (r *runner) down(now time.Time, err error) error {
 	if r.link.why != nil {
 		err = r.link.why
 	}
-	if !r.proven && !r.retry {
+	var refused *muxError
+	if !r.retry && (!r.everUp || !r.proven && errors.As(err, &refused)) {
 		return err
 	}
 	c := &r.shown.Connection

@@ -101,7 +101,7 @@ type runner struct {
 	queue    []action // for the link to open and close
 	rtt      time.Duration
 	everUp   bool
-	proven   bool // a connection worked in full: from now on none is given up
+	proven   bool // events were followed, too: the server allows two sessions
 	failures int
 	retryAt  time.Time
 	lastErr  error     // why there is no connection

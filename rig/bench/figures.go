@@ -153,69 +153,6 @@ func roundTrip(c net.Conn) error {
 	return err
 }
 
-// burst starts thirty containers, one after the other.
-func (b *bench) burst() ([]row, error) {
-	f, _, err := b.following(b.env["RIG_HOST"], 1)
-	if err != nil {
-		return nil, err
-	}
-	defer f.stop()
-	var took, looks samples
-	for range b.times(3) {
-		if _, err := b.running(1); err != nil {
-			return nil, err
-		}
-		some := b.pool[1:31]
-		for _, c := range some {
-			if err := f.explain(refuses(c.addrs[0])); err != nil {
-				return nil, err
-			}
-		}
-		time.Sleep(quiet)
-		for _, c := range some {
-			if err := b.start(c); err != nil {
-				return nil, err
-			}
-		}
-		all, look, err := twice(some)
-		if err != nil {
-			return nil, f.explain(err)
-		}
-		took.add(all)
-		looks.add(look)
-	}
-	return []row{lessLook("30 containers started in a row → all answer", took, looks, 30*time.Millisecond,
-		"From the return of the last start call. The goal is for the difference.")}, nil
-}
-
-// twice is how long it takes until all containers answer, and how long when
-// they already do.
-func twice(cs []*container) (first, again time.Duration, err error) {
-	if first, err = timed(func() error { return allAnswer(addrs(cs)) }); err != nil {
-		return
-	}
-	var looks samples
-	for range 3 {
-		time.Sleep(quiet)
-		if again, err = timed(func() error { return allAnswer(addrs(cs)) }); err != nil {
-			return
-		}
-		looks.add(again)
-	}
-	return first, looks.median(), nil
-}
-
-// lessLook makes the row of what is measured less a look at all.
-func lessLook(figure string, took, looks samples, goal time.Duration, note string) row {
-	more := make(samples, len(took))
-	for i := range took {
-		more[i] = took[i] - looks[i]
-	}
-	r := durations(figure, took, ms(looks.median())+" (one look at all)", "+"+ms(more.median()), more.median(), goal)
-	r.note = note
-	return r
-}
-
 func (b *bench) coldStart() ([]row, error) {
 	pool, err := b.running(20)
 	if err != nil {

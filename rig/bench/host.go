@@ -235,9 +235,10 @@ func addrs(cs []*container) (all []string) {
 
 // begin starts a child that does not outlive us; finish has to be called.
 func (b *bench) begin(cmd *exec.Cmd) error {
-	// Fires at the end of the thread that forks. Go ends none, but where a
-	// goroutine is locked to it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// A session of its own, as rdhpf gives its ssh: Linux shares a busy CPU out
+	// between sessions. Pdeathsig fires at the end of the thread that forks; Go
+	// ends none, but where a goroutine is locked to it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.closed {

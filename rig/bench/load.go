@@ -3,7 +3,7 @@
 package main
 
 // load.go: what it costs: throughput, connections, memory and idle time beside
-// plain ssh, and many ports.
+// plain ssh.
 
 import (
 	"bufio"
@@ -205,113 +205,4 @@ func (b *bench) idle() ([]row, error) {
 func memoryRow(figure string, m memory, goal int) row {
 	return row{figure: figure, n: 1, median: mib(m.rss) + " RSS", reference: mib(m.pss) + " PSS",
 		goal: "≤ " + mib(goal), met: m.rss <= goal}
-}
-
-func (b *bench) hundredPorts() ([]row, error) {
-	f, _, err := b.following(b.env["RIG_HOST"], 1)
-	if err != nil {
-		return nil, err
-	}
-	defer f.stop()
-	c, err := b.create(b.base+100, 100)
-	if err != nil {
-		return nil, err
-	}
-	defer b.remove(c)
-	var took, looks samples
-	for range b.times(3) {
-		time.Sleep(quiet)
-		if err := b.start(c); err != nil {
-			return nil, err
-		}
-		all, look, err := twice([]*container{c})
-		if err != nil {
-			return nil, f.explain(err)
-		}
-		took.add(all)
-		looks.add(look)
-		if err := b.kill(c); err != nil {
-			return nil, err
-		}
-		for _, a := range c.addrs {
-			if err := refuses(a); err != nil {
-				return nil, f.explain(err)
-			}
-		}
-	}
-	return []row{lessLook("container with 100 ports started → all answer", took, looks, 60*time.Millisecond,
-		"From the return of the start call. The goal is for the difference.")}, nil
-}
-
-// thousandPorts has ten containers with a hundred ports each, there before rdhpf
-// is. It comes last and leaves them to the end of the rig: the engine takes
-// seconds to remove one.
-func (b *bench) thousandPorts() ([]row, error) {
-	const each, containers = 100, 10
-	if _, err := b.running(0); err != nil {
-		return nil, err
-	}
-	ports, all := map[int]bool{}, []string{}
-	for i := range containers {
-		first := b.base + 200 + i*each
-		c, err := b.create(first, each)
-		if err != nil {
-			return nil, err
-		}
-		if err := b.start(c); err != nil {
-			return nil, err
-		}
-		all = append(all, c.addrs...)
-		for p := first; p < first+each; p++ {
-			ports[p] = true
-		}
-	}
-	var took, cold samples
-	var last memory
-	for range b.times(3) {
-		time.Sleep(time.Second)
-		began := time.Now()
-		f, err := b.run(b.env["RIG_HOST"])
-		if err != nil {
-			return nil, err
-		}
-		opened, err := b.allListen(f, ports)
-		if err == nil {
-			time.Sleep(3 * time.Second) // its probes
-			last, err = memoryOf(f.cmd.Process.Pid)
-		}
-		if err == nil {
-			err = allAnswer(all)
-		}
-		connected := f.connected
-		f.stop()
-		if err != nil {
-			return nil, f.explain(err)
-		}
-		took.add(opened.Sub(connected))
-		cold.add(opened.Sub(began))
-	}
-	open := durations("1,000 ports, list taken → all open", took, ms(cold.median())+" (since the process started)",
-		"", took.median(), time.Second)
-	open.note = "From the line that says connected, which comes with the first list, to a thousand listeners."
-	mem := memoryRow("memory, 1,000 forwards", last, 40<<20)
-	mem.note = fmt.Sprintf("The peak was %s.", mib(last.peak))
-	return []row{open, mem}, nil
-}
-
-// allListen waits until rdhpf is connected and all ports have a listener.
-func (b *bench) allListen(f *forwarder, ports map[int]bool) (time.Time, error) {
-	if err := f.ready(nil); err != nil {
-		return time.Time{}, err
-	}
-	for deadline := time.Now().Add(patience); ; time.Sleep(2 * time.Millisecond) {
-		n, err := listening(ports)
-		now := time.Now()
-		if err != nil || n == len(ports) {
-			return now, err
-		}
-		if now.After(deadline) {
-			return now, fmt.Errorf("only %d of %d ports are open", n, len(ports))
-		}
-	}
 }

@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"runtime"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -81,7 +82,9 @@ func main() {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
-	fmt.Printf("\nIn %v.\n", time.Since(began).Round(time.Second))
+	load, _ := os.ReadFile("/proc/loadavg")
+	fmt.Printf("\nIn %v, on %d cores with a load average of %.4s over the last minute.\n",
+		time.Since(began).Round(time.Second), runtime.NumCPU(), load)
 }
 
 // all returns the rows that were measured, also with an error.

@@ -1,0 +1,173 @@
+package main
+
+// Tests of docs/protocol.md: its transcripts, run against a server, and its
+// tables of fields, held against what is sent.
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func protocolDoc(t *testing.T) string {
+	t.Helper()
+	body, err := os.ReadFile("docs/protocol.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(body)
+}
+
+// protocolSnap is the instance in the transcripts.
+func protocolSnap() *snapshot {
+	at := func(clock string) time.Time {
+		t, err := time.Parse(time.RFC3339, "2025-11-27T"+clock+"Z")
+		if err != nil {
+			panic(err)
+		}
+		return t
+	}
+	event := at("15:01:23")
+	return &snapshot{Version: stateVersion, Host: "ssh://user@example.com", PID: 4242, StartedAt: at("15:00:00"),
+		Connection: connection{State: connected, Since: at("15:00:01")}, Engine: "Docker/20.10.24 (linux)", LastEventAt: &event,
+		Warnings: []string{},
+		Forwards: []forwardInfo{
+			{ContainerID: "abc123def456", LocalPort: 8080, RemotePort: 8080, Status: active, CreatedAt: event, UpdatedAt: at("15:01:24"),
+				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "shop-web-1", ContainerPort: 80, Image: "nginx", Service: "web"},
+			{ContainerID: "fed789abc123", LocalPort: 5432, RemotePort: 5432, Status: conflict, Reason: reasonGivenUp + " (held by postgres, pid 811)",
+				CreatedAt: at("15:02:10"), UpdatedAt: at("15:02:15"), LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1",
+				ContainerName: "db", ContainerPort: 5432, Image: "postgres:16"},
+		},
+		Skipped: []skippedPort{{"fed789abc123", "db", 53, "udp", "SSH carries TCP only"}}}
+}
+
+// TestProtocolTranscripts runs each command of the transcripts. What is asked of
+// the loop is answered by a runner, without a connection.
+func TestProtocolTranscripts(t *testing.T) {
+	for _, tool := range []string{"nc", "socat", "jq"} {
+		needTool(t, tool)
+	}
+	if help, _ := exec.Command("nc", "-h").CombinedOutput(); !strings.Contains(string(help), "OpenBSD") {
+		t.Skip("this nc is not that of OpenBSD")
+	}
+	s := startSocket(t)
+	var h host
+	h.name = "example.com"
+	r := newRunner(runOptions{host: h, dir: t.TempDir(), log: slog.New(slog.NewTextHandler(io.Discard, nil))}, paths{}, sshProgram{}, &config{bind: loopback4})
+	s.ask = func(_ context.Context, method string) (any, error) {
+		s.askMu.Lock()
+		defer s.askMu.Unlock()
+		q := request{method, make(chan reply, 1)}
+		r.request(time.Now(), q)
+		for _, answer := range r.waiting {
+			answer()
+		}
+		r.waiting = nil
+		a := <-q.reply
+		return a.result, a.err
+	}
+	s.board.post(protocolSnap())
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
+	ended := make(chan struct{})
+	go func() { // something changes all the time, and subscribers are told
+		defer close(ended)
+		for ctx.Err() == nil {
+			time.Sleep(20 * time.Millisecond)
+			s.board.post(protocolSnap())
+		}
+	}()
+	defer func() {
+		cancel()
+		<-ended
+	}()
+	commands := 0
+	for _, block := range regexp.MustCompile("(?ms)^```console\n(.*?)^```$").FindAllStringSubmatch(protocolDoc(t), -1) {
+		for _, one := range strings.Split("\n"+block[1], "\n$ ")[1:] {
+			command, want, _ := strings.Cut(one, "\n")
+			cmd := exec.CommandContext(ctx, "sh", "-c", command)
+			cmd.Env = append(os.Environ(), "SOCK="+s.path)
+			cmd.WaitDelay = time.Second // for what sh leaves behind where it is killed
+			out, err := cmd.CombinedOutput()
+			if got := strings.TrimSuffix(string(out), "\n"); err != nil || got != strings.TrimSuffix(want, "\n") {
+				t.Errorf("%s\n got %s, %v\nwant %s", command, got, err, want)
+			}
+			commands++
+		}
+	}
+	if commands < 15 {
+		t.Errorf("%d commands were found", commands)
+	}
+	await(t, "the stop of the transcript", s.stopped)
+}
+
+// TestProtocolFields wants every field documented, and no other.
+func TestProtocolFields(t *testing.T) {
+	doc := protocolDoc(t)
+	tables := regexp.MustCompile(`(?m)^\| field \| type \| what it is \|\n\|---\|---\|---\|\n((?:\|.*\n)+)`).FindAllStringSubmatch(doc, -1)
+	types := []any{snapshot{}, connection{}, forwardInfo{}, skippedPort{}, health{}}
+	if len(tables) != len(types) {
+		t.Fatalf("%d tables of fields, want %d", len(tables), len(types))
+	}
+	for i, v := range types {
+		var fields, documented []string
+		typ := reflect.TypeOf(v)
+		for j := range typ.NumField() {
+			f := typ.Field(j)
+			fields = append(fields, f.Tag.Get("json")+" "+protocolType(f.Type))
+		}
+		for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\| ([a-z ]+) \\|").FindAllStringSubmatch(tables[i][1], -1) {
+			documented = append(documented, row[1]+" "+row[2])
+		}
+		if !slices.Equal(fields, documented) {
+			t.Errorf("%v:\nthe fields are        %q\nand the documented are %q", typ, fields, documented)
+		}
+	}
+}
+
+// protocolType is what the documentation calls a type.
+func protocolType(t reflect.Type) string {
+	switch {
+	case t == reflect.TypeOf(time.Time{}), t == reflect.TypeOf(&time.Time{}):
+		return "time"
+	case t.Kind() == reflect.String:
+		return "string"
+	case t.Kind() == reflect.Bool:
+		return "boolean"
+	case t.Kind() == reflect.Slice:
+		return "array of " + protocolType(t.Elem()) + "s"
+	case t.Kind() == reflect.Struct, t.Kind() == reflect.Map:
+		return "object"
+	}
+	return "number"
+}
+
+// TestProtocolNames wants the files, methods, codes and limits that there are.
+func TestProtocolNames(t *testing.T) {
+	doc := protocolDoc(t)
+	hash := hostHash("ssh://user@example.com")
+	for _, want := range []string{hash + ".sock", hash + ".state.json", hash + ".lock", hash + ".ctl",
+		"| -32700 |", "| -32600 |", "| -32601 |", "| -32602 |", "| -32000 |", "1,048,576", "128 connections", "at most 100 requests"} {
+		if !strings.Contains(doc, want) {
+			t.Errorf("docs/protocol.md does not say %q", want)
+		}
+	}
+	if maxLine != 1_048_576 || maxConns != 128 || maxBatch != 100 || firstDeadline != 10*time.Second || writeTimeout != 10*time.Second ||
+		callTimeout != 10*time.Second || maxStateAge != 10*time.Second || writeEvery != 2*time.Second {
+		t.Error("docs/protocol.md has other limits")
+	}
+	s := startSocket(t)
+	c := s.dial(t)
+	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z]+)` \\| (`(\\{.*\\})`|.*the (status|health).*) \\|").FindAllStringSubmatch(doc, -1) {
+		if row[1] == "health" || row[1] == "status" || row[1] == "subscribe" || row[3] != "" {
+			c.asks(`{"jsonrpc":"2.0","id":1,"method":"`+row[1]+`","params":["x"]}`, `"code":-32602`)
+		}
+	}
+}

@@ -1,0 +1,182 @@
+//go:build linux
+
+package main
+
+// ports.go: many ports at once.
+
+import (
+	"fmt"
+	"time"
+)
+
+// burst starts thirty containers, one after the other.
+func (b *bench) burst() ([]row, error) {
+	f, _, err := b.following(b.env["RIG_HOST"], 1)
+	if err != nil {
+		return nil, err
+	}
+	defer f.stop()
+	var took, looks samples
+	for range b.times(3) {
+		if _, err := b.running(1); err != nil {
+			return nil, err
+		}
+		some := b.pool[1:31]
+		for _, c := range some {
+			if err := f.explain(refuses(c.addrs[0])); err != nil {
+				return nil, err
+			}
+		}
+		time.Sleep(quiet)
+		for _, c := range some {
+			if err := b.start(c); err != nil {
+				return nil, err
+			}
+		}
+		all, look, err := twice(some)
+		if err != nil {
+			return nil, f.explain(err)
+		}
+		took.add(all)
+		looks.add(look)
+	}
+	return []row{lessLook("30 containers started in a row → all answer", took, looks, 30*time.Millisecond,
+		"From the return of the last start call. The goal is for the difference.")}, nil
+}
+
+// twice is how long it takes until all containers answer, and how long when
+// they already do.
+func twice(cs []*container) (first, again time.Duration, err error) {
+	if first, err = timed(func() error { return allAnswer(addrs(cs)) }); err != nil {
+		return
+	}
+	var looks samples
+	for range 3 {
+		time.Sleep(quiet)
+		if again, err = timed(func() error { return allAnswer(addrs(cs)) }); err != nil {
+			return
+		}
+		looks.add(again)
+	}
+	return first, looks.median(), nil
+}
+
+// lessLook makes the row of what is measured less a look at all.
+func lessLook(figure string, took, looks samples, goal time.Duration, note string) row {
+	more := make(samples, len(took))
+	for i := range took {
+		more[i] = took[i] - looks[i]
+	}
+	r := durations(figure, took, ms(looks.median())+" (one look at all)", "+"+ms(more.median()), more.median(), goal)
+	r.note = note
+	return r
+}
+
+func (b *bench) hundredPorts() ([]row, error) {
+	f, _, err := b.following(b.env["RIG_HOST"], 1)
+	if err != nil {
+		return nil, err
+	}
+	defer f.stop()
+	c, err := b.create(b.base+100, 100)
+	if err != nil {
+		return nil, err
+	}
+	defer b.remove(c)
+	var took, looks samples
+	for range b.times(3) {
+		time.Sleep(quiet)
+		if err := b.start(c); err != nil {
+			return nil, err
+		}
+		all, look, err := twice([]*container{c})
+		if err != nil {
+			return nil, f.explain(err)
+		}
+		took.add(all)
+		looks.add(look)
+		if err := b.kill(c); err != nil {
+			return nil, err
+		}
+		for _, a := range c.addrs {
+			if err := refuses(a); err != nil {
+				return nil, f.explain(err)
+			}
+		}
+	}
+	return []row{lessLook("container with 100 ports started → all answer", took, looks, 60*time.Millisecond,
+		"From the return of the start call. The goal is for the difference.")}, nil
+}
+
+// thousandPorts has ten containers with a hundred ports each, there before rdhpf
+// is. It comes last and leaves them to the end of the rig: the engine takes
+// seconds to remove one.
+func (b *bench) thousandPorts() ([]row, error) {
+	const each, containers = 100, 10
+	if _, err := b.running(0); err != nil {
+		return nil, err
+	}
+	ports, all := map[int]bool{}, []string{}
+	for i := range containers {
+		first := b.base + 200 + i*each
+		c, err := b.create(first, each)
+		if err != nil {
+			return nil, err
+		}
+		if err := b.start(c); err != nil {
+			return nil, err
+		}
+		all = append(all, c.addrs...)
+		for p := first; p < first+each; p++ {
+			ports[p] = true
+		}
+	}
+	var took, cold samples
+	var last memory
+	for range b.times(3) {
+		time.Sleep(time.Second)
+		began := time.Now()
+		f, err := b.run(b.env["RIG_HOST"])
+		if err != nil {
+			return nil, err
+		}
+		opened, err := b.allListen(f, ports)
+		if err == nil {
+			time.Sleep(3 * time.Second) // its probes
+			last, err = memoryOf(f.cmd.Process.Pid)
+		}
+		if err == nil {
+			err = allAnswer(all)
+		}
+		connected := f.connected
+		f.stop()
+		if err != nil {
+			return nil, f.explain(err)
+		}
+		took.add(opened.Sub(connected))
+		cold.add(opened.Sub(began))
+	}
+	open := durations("1,000 ports, list taken → all open", took, ms(cold.median())+" (since the process started)",
+		"", took.median(), time.Second)
+	open.note = "From the line that says connected, which comes with the first list, to a thousand listeners."
+	mem := memoryRow("memory, 1,000 forwards", last, 40<<20)
+	mem.note = fmt.Sprintf("The peak was %s.", mib(last.peak))
+	return []row{open, mem}, nil
+}
+
+// allListen waits until rdhpf is connected and all ports have a listener.
+func (b *bench) allListen(f *forwarder, ports map[int]bool) (time.Time, error) {
+	if err := f.ready(nil); err != nil {
+		return time.Time{}, err
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(2 * time.Millisecond) {
+		n, err := listening(ports)
+		now := time.Now()
+		if err != nil || n == len(ports) {
+			return now, err
+		}
+		if now.After(deadline) {
+			return now, fmt.Errorf("only %d of %d ports are open", n, len(ports))
+		}
+	}
+}
