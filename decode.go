@@ -108,8 +108,10 @@ func (raw *rawContainer) container() (container, bool) {
 		paused:  raw.State == "paused", hostNet: raw.HostConfig.NetworkMode == "host"}
 	for _, n := range raw.Names { // links of other containers have more slashes
 		if n = strings.TrimPrefix(n, "/"); n != "" && !strings.Contains(n, "/") {
-			c.name = printable(n, maxText)
-			break
+			if n = printable(n, maxText); n != "" {
+				c.name = n
+				break
+			}
 		}
 	}
 	for _, p := range raw.Ports {
@@ -117,7 +119,7 @@ func (raw *rawContainer) container() (container, bool) {
 			continue
 		}
 		q := port{private: uint16(p.PrivatePort), public: uint16(p.PublicPort), proto: printable(strings.ToLower(p.Type), 8)}
-		if ip, err := netip.ParseAddr(p.IP); err == nil {
+		if ip, err := netip.ParseAddr(p.IP); err == nil && badChar(ip.Zone(), ".-_") == "" && len(ip.Zone()) <= 15 {
 			q.ip = ip.Unmap()
 		} else if p.IP == "" { // podman's wildcard
 			q.ip = netip.IPv4Unspecified()

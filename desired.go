@@ -62,8 +62,8 @@ var (
 )
 
 // desired returns the forwards that the listed containers call for. Where two
-// containers claim the same key, the one listed last wins: engines list the
-// newest first, and the first that came stays.
+// containers claim the same key, the one listed first has it: engines list the
+// newest first, and it takes over from one that is about to go.
 func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 	wants := make(map[key]want)
 	skipped := []skippedPort{}
@@ -96,6 +96,9 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 				continue
 			}
 			k := key{local, remote}
+			if _, taken := wants[k]; taken {
+				continue
+			}
 			wants[k] = want{k, c.id, c.name, c.image, c.service, p.private, c.paused}
 		}
 	}

@@ -53,23 +53,35 @@ type outcome struct {
 	err error
 }
 
-// carryOut has the master open and close ports, in the order given, and tells
-// why each that failed did. An error means that the master is of no use any
-// more.
+// carryOut has the master close ports, then open ports. An error means that the
+// master is of no use any more.
 func (m *master) carryOut(conn *muxConn, acts []action) ([]outcome, error) {
-	done := make([]outcome, len(acts))
+	closed, err := m.carryOutAll(conn, acts, closePort)
+	if err != nil {
+		return nil, err
+	}
+	opened, err := m.carryOutAll(conn, acts, openPort)
+	return append(closed, opened...), err
+}
+
+// carryOutAll does those acts that are of one verb, and tells why each that
+// failed did.
+func (m *master) carryOutAll(conn *muxConn, acts []action, verb verb) (done []outcome, err error) {
+	var sent []action
 	var ops []muxForward
-	var at []int // of each op, its place in acts
-	for i, a := range acts {
-		done[i].action = a
-		if a.verb == openPort {
-			if done[i].err = bindable(a.key.local); done[i].err != nil {
+	for _, a := range acts {
+		if a.verb != verb {
+			continue
+		}
+		if verb == openPort {
+			if err := bindable(a.key.local); err != nil {
+				done = append(done, outcome{a, err})
 				continue
 			}
 		}
-		at = append(at, i)
+		sent = append(sent, a)
 		ops = append(ops, muxForward{
-			cancel:     a.verb == closePort,
+			cancel:     verb == closePort,
 			listenHost: a.key.local.Addr().String(), listenPort: a.key.local.Port(),
 			connectHost: a.key.remote.Addr().String(), connectPort: a.key.remote.Port(),
 		})
@@ -78,17 +90,16 @@ func (m *master) carryOut(conn *muxConn, acts []action) ([]outcome, error) {
 	if err != nil {
 		return nil, err
 	}
-	for n, err := range results {
-		if err == nil || ops[n].cancel {
-			continue
+	for i, err := range results {
+		if err != nil && verb == openPort {
+			// Somebody may have been faster since the first look.
+			if busy := bindable(sent[i].key.local); busy != nil {
+				err = busy
+			} else if word := m.lastWord(); word != "" {
+				err = fmt.Errorf("%w: %s", err, word)
+			}
 		}
-		// Somebody may have been faster since the first look.
-		if busy := bindable(acts[at[n]].key.local); busy != nil {
-			err = busy
-		} else if word := m.lastWord(); word != "" {
-			err = fmt.Errorf("%w: %s", err, word)
-		}
-		done[at[n]].err = err
+		done = append(done, outcome{sent[i], err})
 	}
 	return done, nil
 }

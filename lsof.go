@@ -62,7 +62,7 @@ func parseLsof(out string) []listener {
 				value = "0.0.0.0" + value[1:]
 			}
 			addr, err := netip.ParseAddrPort(value)
-			if err == nil && l.pid != 0 {
+			if err == nil && l.pid != 0 && badChar(addr.Addr().Zone(), ".-_") == "" {
 				l.addr = addr
 				all = append(all, l)
 			}

@@ -41,8 +41,11 @@ func (s *state) plan(now time.Time) (acts []action, wake time.Time) {
 		case f.busy != nothing:
 		case f.open && (!f.wanted || s.paused):
 			f.busy = closePort
+			if f.wanted {
+				s.set(f, now, pending, reasonPaused)
+			}
 			f.probing, f.tries, f.due = false, 0, time.Time{}
-			f.seq++
+			s.renew(f)
 			acts = append(acts, action{verb: closePort, key: f.key})
 		case !f.wanted:
 			delete(s.forwards, f.key)
@@ -67,7 +70,7 @@ func (s *state) plan(now time.Time) (acts []action, wake time.Time) {
 		case f.status == active || f.probing || s.probes >= s.probeMax:
 		case !later(f):
 			f.probing = true
-			f.seq++
+			s.renew(f)
 			s.probes++
 			acts = append(acts, action{verb: probePort, key: f.key, seq: f.seq})
 		}

@@ -24,6 +24,7 @@ func (r *runner) take(m message) error {
 	case listTaken:
 		r.listed(now, v)
 	case eventsFollowed:
+		clear(r.state.died) // a start may have been missed
 		r.proven = true
 		r.link.wantList()
 		r.listDue = now.Add(settleAfter)
@@ -125,7 +126,10 @@ type (
 
 // listed takes a list. The first of a connection makes it one.
 func (r *runner) listed(now time.Time, v listTaken) {
-	r.rtt, r.wakeBy, r.listDue = v.took, time.Time{}, now.Add(relistEvery)
+	r.rtt, r.wakeBy = v.took, time.Time{}
+	if !r.listDue.After(now) {
+		r.listDue = now.Add(relistEvery)
+	}
 	switch {
 	case !r.everUp:
 		r.log.Info(fmt.Sprintf("connected to %s, %s", r.host, v.server))

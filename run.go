@@ -17,11 +17,12 @@ import (
 const (
 	relistEvery   = 30 * time.Second
 	tickEvery     = 2 * time.Second
-	sleptAfter    = 10 * time.Second // more than this between ticks: the machine slept
-	wakeDeadline  = 3 * time.Second  // for the engine to answer after that
-	settleAfter   = time.Second      // after subscribing: an event may have fallen between
-	stubbornDelay = time.Minute      // where only a person can mend it
-	steadyAfter   = 30 * time.Second // up that long, failures are forgotten
+	sleptAfter    = 10 * time.Second     // more than this between ticks: the machine slept
+	wakeDeadline  = 3 * time.Second      // for the engine to answer after that
+	settleAfter   = time.Second          // after subscribing: an event may have fallen between
+	stubbornDelay = time.Minute          // where only a person can mend it
+	steadyAfter   = 30 * time.Second     // up that long, failures are forgotten
+	probePace     = 2 * time.Millisecond // between probes: many at once would hold up users
 )
 
 // runOptions is what the command line asks for.
@@ -100,6 +101,7 @@ type runner struct {
 	master   *master
 	queue    []action // for the link to open and close
 	rtt      time.Duration
+	pace     time.Time // when the last probe begins
 	everUp   bool
 	proven   bool // events were followed, too: the server allows two sessions
 	failures int
@@ -256,7 +258,19 @@ func (r *runner) do(ctx context.Context, a action) {
 	case openPort, closePort:
 		r.queue = append(r.queue, a)
 	case probePort:
-		r.start(func() { r.send(ctx, gen, probed{a, m.probe(ctx, a.key.local, rtt)}) })
+		now := time.Now()
+		if r.pace = r.pace.Add(probePace); r.pace.Before(now) {
+			r.pace = now
+		}
+		wait := r.pace.Sub(now)
+		r.start(func() {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(wait):
+			}
+			r.send(ctx, gen, probed{a, m.probe(ctx, a.key.local, rtt)})
+		})
 	case findOwner:
 		r.start(func() { r.send(ctx, gen, ownerFound{a.key, portOwner(ctx, a.key.local)}) })
 	}

@@ -89,6 +89,7 @@ type state struct {
 	ready    bool // connected, and a list has come since
 	paused   bool
 	probes   int
+	seq      int  // of the last probe of any forward
 	changed  bool // something that a snapshot shows has changed
 	notes    []note
 }
@@ -177,7 +178,7 @@ func (s *state) reconcile(now time.Time) {
 			// of the service behind the port is void.
 			f.want, f.wanted, f.created = w, true, now
 			f.tries, f.due, f.probing, f.said, f.moaned = 0, time.Time{}, false, false, false
-			f.seq++
+			s.renew(f)
 			f.status = ""
 			s.set(f, now, pending, reasonProbing)
 			if f.open {
@@ -186,7 +187,7 @@ func (s *state) reconcile(now time.Time) {
 		}
 		if f.want != w {
 			if f.paused != w.paused {
-				f.seq++
+				s.renew(f)
 				f.probing, f.tries, f.due = false, 0, time.Time{}
 				if f.status == active || f.reason == reasonFrozen {
 					s.set(f, now, pending, reasonProbing)
@@ -205,6 +206,13 @@ func (s *state) reconcile(now time.Time) {
 	}
 }
 
+// renew has results of probes under way ignored. Numbers are never used twice,
+// for a key may be forwarded again before the last probe of its past ends.
+func (s *state) renew(f *forward) {
+	s.seq++
+	f.seq = s.seq
+}
+
 // opened tells a person of a port that is open, once.
 func (s *state) opened(f *forward) {
 	if !f.said {
@@ -221,7 +229,7 @@ func (s *state) disconnected() {
 	s.ready = false
 	for k, f := range s.forwards {
 		f.open, f.busy, f.probing, f.tries, f.due = false, nothing, false, 0, time.Time{}
-		f.seq++
+		s.renew(f)
 		if !f.wanted {
 			delete(s.forwards, k)
 			s.changed = true

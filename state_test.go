@@ -327,6 +327,12 @@ func TestStateSteps(t *testing.T) {
 			{ms, down, "", "8080 " + lost + "; 8080>10.0.0.2:8080 " + lost, 0},
 			{ms, lists(two...), "open 8080", "*; 8080>10.0.0.2:8080 conflict *web (" + idA + ")*", 0},
 		}},
+		{"two keys want one local port: taken over while it is opened", []step{
+			{0, lists(web), "open 8080", "*", 0},
+			{ms, lists(two...), "", "8080 pending probing; 8080>10.0.0.2:8080 conflict *web (" + idA + ")*", 0},
+			{ms, lists(two[0], ctr(strings.Repeat("c", 12), "new", "8080")), "", "8080 pending probing; 8080>10.0.0.2:8080 conflict *new (cccccccccccc)*", 0},
+			{ms, opens("8080"), "probe 8080", "8080 pending probing; 8080>10.0.0.2:8080 conflict *new (cccccccccccc)*", 0},
+		}},
 		{"two keys want one local port that is busy", []step{
 			{0, lists(two...), "open 8080>*", "8080 conflict *db (" + idB + ")*; *", 0},
 			{0, fails("8080>10.0.0.2:8080", inUse), "", "8080 conflict *db (" + idB + ")*; 8080>10.0.0.2:8080 conflict bind: *", 100 * ms},
@@ -777,10 +783,13 @@ func engineChurn(d *driver, n int) {
 	}
 	// settle has everything done at once that the plan asks for.
 	settle := func() {
-		for {
+		for rounds := 0; ; rounds++ {
 			acts, _ := d.state.plan(d.now)
 			if len(acts) == 0 {
 				break
+			}
+			if rounds == 10 {
+				d.t.Fatalf("never settles: %v, shown %q", acts, d.shown())
 			}
 			for _, a := range acts {
 				switch a.verb {

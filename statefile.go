@@ -4,6 +4,7 @@ package main
 // the lock that makes an instance the only one for its host, and the state file.
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"syscall"
 	"time"
 
@@ -57,9 +59,12 @@ func (p paths) check() error {
 	if runtime.GOOS != "linux" {
 		limit = 103
 	}
-	for path, limit := range map[string]int{p.control: limit - 17, p.socket: limit} {
-		if len(path) > limit {
-			return fmt.Errorf("%s is %d bytes long, and a socket's path can have %d here: set RDHPF_DIR to a shorter directory", path, len(path), limit)
+	for _, c := range []struct {
+		path  string
+		limit int
+	}{{p.control, limit - 17}, {p.socket, limit}} {
+		if len(c.path) > c.limit {
+			return fmt.Errorf("%s is %d bytes long, and a socket's path can have %d here: set RDHPF_DIR to a shorter directory", c.path, len(c.path), c.limit)
 		}
 	}
 	return nil
@@ -168,9 +173,16 @@ const (
 func keepState(ctx context.Context, path string, b *board, troubled func(error)) {
 	failing := false
 	last := time.NewTimer(0)
+	var shown *snapshot
+	var body []byte
 	for {
 		snap, next := b.look()
-		err := writeState(path, snap.at(time.Now()))
+		if now := time.Now(); snap == shown {
+			body = redate(body, now)
+		} else {
+			shown, body = snap, encodeState(snap.at(now))
+		}
+		err := writeState(path, body)
 		if (err != nil) != failing {
 			failing = err != nil
 			troubled(err)
@@ -193,9 +205,26 @@ func keepState(ctx context.Context, path string, b *board, troubled func(error))
 	}
 }
 
+func encodeState(snap *snapshot) []byte {
+	body, err := json.MarshalIndent(snap, "", "  ")
+	if err != nil {
+		panic(err) // it was made here
+	}
+	return append(body, '\n')
+}
+
+// redate changes updated_at, whose first occurrence is the file's own. It saves
+// encoding all that is the same as 2 s ago.
+func redate(body []byte, now time.Time) []byte {
+	const field = `"updated_at": `
+	head, rest, _ := bytes.Cut(body, []byte(field))
+	_, tail, _ := bytes.Cut(rest, []byte(","))
+	return slices.Concat(head, []byte(field), mustJSON(utc(now)), []byte(","), tail)
+}
+
 // writeState replaces the file as a whole, or leaves it as it was. Only the
 // holder of the lock calls it, so the temporary name is nobody else's.
-func writeState(path string, snap *snapshot) (err error) {
+func writeState(path string, body []byte) (err error) {
 	temp := path + ".tmp"
 	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -206,10 +235,7 @@ func writeState(path string, snap *snapshot) (err error) {
 			os.Remove(temp)
 		}
 	}()
-	body, err := json.MarshalIndent(snap, "", "  ")
-	if err == nil {
-		_, err = f.Write(append(body, '\n'))
-	}
+	_, err = f.Write(body)
 	if closed := f.Close(); err == nil {
 		err = closed
 	}

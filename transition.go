@@ -43,8 +43,11 @@ func (s *state) openDone(now time.Time, k key, err error) {
 		}
 	case syscall.EACCES, syscall.EPERM:
 		f.due = now.Add(slowLook)
-		s.set(f, now, conflict, fmt.Sprintf("bind: %v (ports below 1024 need root: map it with -map %d=%d)",
-			errno, f.remote.Port(), unprivileged(f.remote.Port())))
+		reason := "bind: " + errno.Error()
+		if f.local.Port() < 1024 {
+			reason += fmt.Sprintf(" (ports below 1024 need root: map it with -map %d=%d)", f.remote.Port(), 8000+f.local.Port())
+		}
+		s.set(f, now, conflict, reason)
 		s.moan(f)
 	case syscall.EADDRNOTAVAIL:
 		f.due = now.Add(slowLook)
@@ -56,14 +59,6 @@ func (s *state) openDone(now time.Time, k key, err error) {
 			s.moan(f)
 		}
 	}
-}
-
-// unprivileged is the port that people map p to: 80 → 8080, 443 → 8443.
-func unprivileged(p uint16) uint16 {
-	if p < 1000 {
-		return 8000 + p
-	}
-	return 10000 + p
 }
 
 // moan tells a person why a port is not open, once.

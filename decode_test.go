@@ -1,0 +1,409 @@
+package main
+
+// Tests of what is made of the engine's answers: real ones, odd ones, hostile
+// ones; and of the command that brings them here.
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"unicode"
+)
+
+const idLong = "4e9bd1f4c7a05b8e1d3f6a2b9c8d7e6f5a4b3c2d1e0f9a8b7c6d5e4f3a2b1c0d"
+
+// listText is containers as text that can be compared.
+func listText(list []container) string {
+	var texts []string
+	for _, c := range list {
+		t := c.id + " " + c.name
+		if c.image != "" || c.service != "" {
+			t += " image=" + c.image + " service=" + c.service
+		}
+		if c.paused {
+			t += " paused"
+		}
+		if c.hostNet {
+			t += " host"
+		}
+		for _, p := range c.ports {
+			ip := "none"
+			if p.ip.IsValid() {
+				ip = p.ip.String()
+			}
+			t += fmt.Sprintf(" %s:%d->%d/%s", ip, p.public, p.private, p.proto)
+		}
+		texts = append(texts, t)
+	}
+	return strings.Join(texts, "\n")
+}
+
+func TestDecodeList(t *testing.T) {
+	id := idLong[:12]
+	one := func(rest string) string { return `[{"Id":"` + idLong + `"` + rest + `}]` }
+	ports := func(ports string) string { return one(`,"Names":["/web"],"Ports":[` + ports + `]`) }
+	for _, c := range []struct{ name, in, want string }{
+		{"none", `[]`, ""},
+		{"real", `[{"Id":"` + idLong + `","Names":["/proj-web-1"],"Image":"nginx:1.27","ImageID":"sha256:cc","Command":"/docker-entrypoint.sh nginx -g 'daemon off;'",
+			"Created":1732370000,"Ports":[{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":8080,"Type":"tcp"},{"IP":"::","PrivatePort":80,"PublicPort":8080,"Type":"tcp"},
+			{"PrivatePort":443,"Type":"tcp"},{"IP":"127.0.0.1","PrivatePort":53,"PublicPort":5353,"Type":"udp"}],
+			"Labels":{"com.docker.compose.project":"proj","com.docker.compose.service":"web"},"State":"running","Status":"Up 3 minutes",
+			"HostConfig":{"NetworkMode":"proj_default"},"NetworkSettings":{"Networks":{"proj_default":{"IPAMConfig":null,"Links":null,"IPAddress":"172.18.0.2"}}},"Mounts":[]}]`,
+			id + " proj-web-1 image=nginx:1.27 service=web 0.0.0.0:8080->80/tcp :::8080->80/tcp 0.0.0.0:0->443/tcp 127.0.0.1:5353->53/udp"},
+		{"paused", one(`,"Names":["/web"],"State":"paused"`), id + " web paused"},
+		{"not running", one(`,"Names":["/web"],"State":"exited"`), ""},
+		{"host network", one(`,"Names":["/web"],"State":"running","Ports":[],"HostConfig":{"NetworkMode":"host"}`), id + " web host"},
+		{"one address", ports(`{"IP":"10.0.0.2","PrivatePort":80,"PublicPort":8080,"Type":"tcp"}`), id + " web 10.0.0.2:8080->80/tcp"},
+		{"IPv6 only", ports(`{"IP":"::1","PrivatePort":80,"PublicPort":8080,"Type":"tcp"}`), id + " web ::1:8080->80/tcp"},
+		{"IPv4 in IPv6", ports(`{"IP":"::ffff:10.0.0.2","PrivatePort":80,"PublicPort":8080,"Type":"TCP"}`), id + " web 10.0.0.2:8080->80/tcp"},
+		{"podman", one(`,"Names":["/web"],"Image":"docker.io/library/nginx:latest","Ports":[{"PrivatePort":80,"PublicPort":8080,"Type":"tcp","IP":""}],"State":"running","Labels":null,"HostConfig":{"NetworkMode":"bridge"}`),
+			id + " web image=docker.io/library/nginx:latest service= 0.0.0.0:8080->80/tcp"},
+		{"port limits", ports(`{"IP":"0.0.0.0","PrivatePort":1,"PublicPort":1,"Type":"tcp"},{"IP":"0.0.0.0","PrivatePort":65535,"PublicPort":65535,"Type":"tcp"},
+			{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":70000,"Type":"tcp"},{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":-1,"Type":"tcp"},
+			{"IP":"0.0.0.0","PrivatePort":65536,"PublicPort":2,"Type":"tcp"},{"IP":"0.0.0.0","PrivatePort":-80,"PublicPort":3,"Type":"tcp"}`),
+			id + " web 0.0.0.0:1->1/tcp 0.0.0.0:65535->65535/tcp"},
+		{"a range", ports(`{"IP":"0.0.0.0","PrivatePort":7000,"PublicPort":7000,"Type":"tcp"},{"IP":"0.0.0.0","PrivatePort":7001,"PublicPort":7001,"Type":"tcp"}`),
+			id + " web 0.0.0.0:7000->7000/tcp 0.0.0.0:7001->7001/tcp"},
+		{"no addresses", ports(`{"IP":"junk","PrivatePort":80,"PublicPort":80,"Type":"tcp"},{"IP":"1.2.3","PrivatePort":80,"PublicPort":81,"Type":"tcp"}`),
+			id + " web none:80->80/tcp none:81->80/tcp"},
+		{"an address with a hostile zone", ports(`{"IP":"fe80::1%\u001b[31m","PrivatePort":80,"PublicPort":80,"Type":"tcp"}`), id + " web none:80->80/tcp"},
+		{"hostile protocol", ports(`{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":80,"Type":"\u001b[31mtcp"}`), id + " web 0.0.0.0:80->80/[31mtcp"},
+		{"nothing but an id", one(``), id + " " + id},
+		{"nulls", one(`,"Names":null,"Ports":null,"Labels":null,"HostConfig":null,"State":null,"Image":null`), id + " " + id},
+		{"a container that is null, none, or has a bad id", `[null,{},{"Id":""},{"Id":"abc"},{"Id":"` + strings.ToUpper(idLong) + `"},{"Id":"../../../../etc/passwd"},{"Id":"` + idLong + `"}]`, id + " " + id},
+		{"links", one(`,"Names":["/other/alias","/web","/third/x"]`), id + " web"},
+		{"links only", one(`,"Names":["/other/alias"]`), id + " " + id},
+		{"names without a slash, empty", one(`,"Names":["","/","web"]`), id + " web"},
+		{"a hostile name", one(`,"Names":["/\u001b]0;own\u0007w\u009b31me\nb\u202e\r\u0000"]`), id + " ]0;ownw31me b"},
+		{"a name that is nothing but control characters", one(`,"Names":["/\u001b\u0007"]`), id + " " + id},
+		{"a hostile image and service", one(`,"Names":["/w"],"Image":"\u001b[2Jx","Labels":{"com.docker.compose.service":"a\tb\u2028"}`), id + " w image=[2Jx service=a b"},
+		{"other case, unknown and double fields", `[{"ID":"` + idLong + `","names":["/web"],"Unknown":{"deep":[[[1]]]},"State":"exited","State":"running"}]`, id + " web"},
+		{"more after the end", one(``) + "\n\n", id + " " + id},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			list, err := decodeList(strings.NewReader(c.in))
+			if got := listText(list); err != nil || got != c.want {
+				t.Errorf("\n got %q, %v\nwant %q", got, err, c.want)
+			}
+			if list == nil {
+				t.Error("nil: an empty list has to be told from none")
+			}
+			checkList(t, list)
+		})
+	}
+}
+
+func TestDecodeListRefuses(t *testing.T) {
+	for _, c := range []struct{ name, in, want string }{
+		{"nothing", ``, "unexpected EOF"},
+		{"truncated at once", `[`, "unexpected EOF"},
+		{"truncated in a container", `[{"Id":"` + idLong, "unexpected EOF"},
+		{"truncated between containers", `[{"Id":"` + idLong + `"},`, "unexpected EOF"},
+		{"truncated before the end", `[{"Id":"` + idLong + `"}`, "unexpected EOF"},
+		{"an object", `{"message":"no"}`, "array"},
+		{"null", `null`, "array"},
+		{"a string", `"[]"`, "array"},
+		{"no JSON", `<html>`, "invalid character"},
+		{"a port that is none", `[{"Id":"` + idLong + `","Ports":[{"PublicPort":"80"}]}]`, "cannot unmarshal"},
+		{"a port beyond all bounds", `[{"Id":"` + idLong + `","Ports":[{"PublicPort":99999999999999999999}]}]`, "cannot unmarshal"},
+		{"too many", "[" + strings.Repeat(`{"Id":"`+idLong+`"},`, maxContainer) + `{}]`, "more than"},
+		{"too deep", "[" + strings.Repeat("[", 20000), "max depth"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			list, err := decodeList(strings.NewReader(c.in))
+			if err == nil || list != nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%d containers, error %v, want one with %q", len(list), err, c.want)
+			}
+		})
+	}
+}
+
+func TestDecodeListHuge(t *testing.T) {
+	var b bytes.Buffer
+	for i := 0; i < 5000; i++ {
+		fmt.Fprintf(&b, `%c{"Id":"%064x","Names":["/%s"],"Ports":[{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":%d,"Type":"tcp"}],"Labels":{"x":"%s"}}`,
+			"[,"[min(i, 1)], i, strings.Repeat("n", 1000), 1+i, strings.Repeat("x", 1000))
+	}
+	b.WriteString("]")
+	list, err := decodeList(&b)
+	if err != nil || len(list) != 5000 || len(list[0].name) != maxText {
+		t.Fatalf("%d containers, %v", len(list), err)
+	}
+	checkList(t, list)
+}
+
+// checkList checks what holds for every list, wherever it came from.
+func checkList(t *testing.T, list []container) {
+	t.Helper()
+	for _, c := range list {
+		if id, ok := shortID(c.id); !ok || id != c.id {
+			t.Errorf("id %q", c.id)
+		}
+		if c.name == "" {
+			t.Errorf("%s has no name", c.id)
+		}
+		checkPrintable(t, c.name, c.image, c.service)
+		for _, p := range c.ports {
+			checkPrintable(t, p.proto, p.ip.String())
+			if p.ip.Is4In6() {
+				t.Errorf("%s has address %s", c.id, p.ip)
+			}
+		}
+	}
+	wants, skipped := desired(list, plainConfig())
+	for k, w := range wants {
+		if k != w.key || k.local.Port() == 0 || k.remote.Port() == 0 || !k.remote.IsValid() || k.remote.Addr().IsUnspecified() {
+			t.Errorf("forward %v of %+v", k, w)
+		}
+		checkPrintable(t, w.who(), k.local.String(), k.remote.String())
+	}
+	for _, s := range skipped {
+		checkPrintable(t, s.Name, s.Protocol, s.Reason)
+	}
+}
+
+func checkPrintable(t *testing.T, texts ...string) {
+	t.Helper()
+	for _, s := range texts {
+		if len([]rune(s)) > 2*maxText+100 {
+			t.Errorf("%d runes long: %.50q…", len([]rune(s)), s)
+		}
+		for _, r := range s {
+			if !unicode.IsPrint(r) || r == unicode.ReplacementChar {
+				t.Errorf("%q in %q", r, s)
+				return
+			}
+		}
+	}
+}
+
+func TestDecodeEvent(t *testing.T) {
+	id := idLong[:12]
+	real := func(action string) string {
+		return `{"status":"` + action + `","id":"` + idLong + `","from":"nginx","Type":"container","Action":"` + action +
+			`","Actor":{"ID":"` + idLong + `","Attributes":{"image":"nginx","name":"web"}},"scope":"local","time":1732370000,"timeNano":1732370000000000000}`
+	}
+	for _, c := range []struct {
+		in, action string // "": not one that matters
+	}{
+		{real("start"), "start"}, {real("die"), "die"}, {real("pause"), "pause"}, {real("unpause"), "unpause"},
+		{real("rename"), "rename"}, {real("destroy"), "destroy"}, {real("update"), "update"},
+		{real("died"), "die"}, // podman
+		{`{"Type":"container","Action":"start","Actor":{"ID":"` + idLong + `"}}`, "start"},
+		{`{"status":"die","id":"` + idLong + `"}`, "die"}, // before 1.22
+		{real("health_status: healthy"), ""}, {real("exec_create: sh -c true"), ""}, {real("exec_die"), ""}, {real("top"), ""}, {real(""), ""},
+		{`{"Type":"network","Action":"start","Actor":{"ID":"` + idLong + `"}}`, ""},
+		{`{"Type":"container","Action":"start","Actor":{"ID":"short"}}`, ""},
+		{`{"Type":"container","Action":"start","Actor":{"ID":"\u001b[31m-------------"}}`, ""},
+		{`{"Type":"container","Action":"start"}`, ""},
+		{`{"Type":7,"Action":"start","Actor":{"ID":"` + idLong + `"}}`, ""},
+		{real("start")[:40], ""}, {``, ""}, {`null`, ""}, {`[]`, ""}, {`"start"`, ""}, {`{}`, ""},
+	} {
+		ev, ok := decodeEvent([]byte(c.in))
+		if ok != (c.action != "") || ok && ev != (event{c.action, id}) {
+			t.Errorf("decodeEvent(%s) = %v, %v, want %q", c.in, ev, ok, c.action)
+		}
+	}
+}
+
+func TestPrintable(t *testing.T) {
+	for _, c := range []struct {
+		in   string
+		max  int
+		want string
+	}{
+		{"", 5, ""},
+		{"plain text", 100, "plain text"},
+		{"Käse 日本語 → ✓", 100, "Käse 日本語 → ✓"},
+		{"a\nb\tc", 100, "a b c"},
+		{"a\r\nb\rc", 100, "a bc"},
+		{"\x1b[31mred\x1b[0m", 100, "[31mred[0m"},
+		{"\x1b]0;title\x07", 100, "]0;title"},
+		{"C1 \u009b31m", 100, "C1 31m"},
+		{"raw C1 \x9b31m", 100, "raw C1 31m"},
+		{"\x00\x01\x7f\x08", 100, ""},
+		{"bidi \u202eevil\u2066", 100, "bidi evil"},
+		{"zero\u200bwidth\ufeff", 100, "zerowidth"},
+		{"line\u2028paragraph\u2029", 100, "lineparagraph"},
+		{"bad \xff\xfe utf-8 \ufffd", 100, "bad  utf-8 "},
+		{"private \ue000", 100, "private "},
+		{"12345", 5, "12345"},
+		{"123456", 5, "12345"},
+		{"äöüßä", 5, "äöüßä"},
+		{"äöüßäx", 5, "äöüßä"},
+		{"anything", 0, ""},
+	} {
+		if got := printable(c.in, c.max); got != c.want {
+			t.Errorf("printable(%q, %d) = %q, want %q", c.in, c.max, got, c.want)
+		}
+	}
+}
+
+func FuzzDecodeList(f *testing.F) {
+	f.Add([]byte(`[{"Id":"` + idLong + `","Names":["/web"],"Image":"i","State":"running","Labels":{"com.docker.compose.service":"s"},` +
+		`"HostConfig":{"NetworkMode":"host"},"Ports":[{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":8080,"Type":"tcp"},{"IP":"fe80::1%eth0","PublicPort":1,"Type":"udp"}]}]`))
+	f.Add([]byte(`[{"Id":"` + idLong + `","Names":["/\u001b"],"Ports":[{"IP":"fe80::1%\u001b","PublicPort":1,"Type":"tcp"}]}]`))
+	f.Add([]byte(`[{"Id":"` + idLong + `","Ports":[{"IP":"::%x","PublicPort":1,"Type":"tcp"},{"IP":"::ffff:0.0.0.0","PublicPort":1,"Type":"tcp"}]}]`))
+	f.Add([]byte(`[null,{`))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		list, err := decodeList(bytes.NewReader(in))
+		if err != nil && list != nil {
+			t.Error("a list with an error")
+		}
+		checkList(t, list)
+	})
+}
+
+func FuzzDecodeEvent(f *testing.F) {
+	f.Add([]byte(`{"status":"start","id":"` + idLong + `","Type":"container","Action":"die","Actor":{"ID":"` + idLong + `"}}`))
+	f.Add([]byte(`{"status":"died","id":"x"}`))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		ev, ok := decodeEvent(in)
+		if !ok {
+			return
+		}
+		if id, valid := shortID(ev.id); !valid || id != ev.id || ev.action == "" {
+			t.Errorf("%+v", ev)
+		}
+		checkPrintable(t, ev.action)
+		if !json.Valid(in) {
+			t.Error("an event that is no JSON")
+		}
+	})
+}
+
+const testMark = "rdhpf-0123456789abcdef\n"
+
+func TestDiscardTo(t *testing.T) {
+	for _, c := range []struct{ name, in, rest, err string }{
+		{"no noise", testMark + "rest", "rest", ""},
+		{"noise", "Welcome!\n\x1b[31m" + testMark + "rest", "rest", ""},
+		{"noise without an end", "no newline" + testMark + "rest", "rest", ""},
+		{"the beginning of the marker", "r rd rdh rdhpf- rdhpf-0123" + testMark + "rest", "rest", ""},
+		{"the marker's first letter twice", "rr" + testMark + "rest", "rest", ""},
+		{"a marker that is another", "rdhpf-fedcba9876543210\n" + testMark + "rest", "rest", ""},
+		{"the marker echoed in a command", "+ echo " + strings.TrimSpace(testMark) + "; exec x\n" + testMark + "rest", "rest", ""},
+		{"twice", testMark + testMark, testMark, ""},
+		{"much noise", strings.Repeat("x", maxNoise-len(testMark)) + testMark + "rest", "rest", ""},
+		{"too much noise", strings.Repeat("x", 2*maxNoise), "", "start-up"},
+		{"nothing", "", "", "EOF"},
+		{"noise only", "Welcome!\n", "", "EOF"},
+		{"half a marker", testMark[:10], "", "EOF"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := bufio.NewReader(strings.NewReader(c.in))
+			err := discardTo(r, testMark)
+			if c.err != "" {
+				if err == nil || !strings.Contains(err.Error(), c.err) {
+					t.Errorf("error %v, want one with %q", err, c.err)
+				}
+				return
+			}
+			rest := new(strings.Builder)
+			r.WriteTo(rest)
+			if err != nil || rest.String() != c.rest {
+				t.Errorf("left %q, %v, want %q", rest, err, c.rest)
+			}
+		})
+	}
+}
+
+func FuzzDiscardTo(f *testing.F) {
+	f.Add([]byte("noise"), []byte("rest"))
+	f.Add([]byte("rdhpf-0123"), []byte(testMark))
+	f.Add([]byte("rdhpf-rrdhpf-01234"), []byte(""))
+	f.Fuzz(func(t *testing.T, noise, rest []byte) {
+		if len(noise) > maxNoise/2 {
+			return
+		}
+		in := string(noise) + testMark + string(rest)
+		_, want, _ := strings.Cut(in, testMark)
+		r := bufio.NewReader(strings.NewReader(in))
+		if err := discardTo(r, testMark); err != nil {
+			t.Fatal(err)
+		}
+		got := new(strings.Builder)
+		r.WriteTo(got)
+		if got.String() != want {
+			t.Errorf("left %q, want %q", got, want)
+		}
+	})
+}
+
+// The command is run by shells that are here, with stand-ins for docker and
+// podman which say how they were called.
+func TestEngineCommand(t *testing.T) {
+	sh, err := exec.LookPath("sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tools := func(names ...string) string {
+		dir := t.TempDir()
+		if err := os.Symlink(sh, filepath.Join(dir, "sh")); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names {
+			script := "#!" + sh + "\necho \"$0 $*\"\n"
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return dir
+	}
+	mark := strings.TrimSpace(testMark)
+	for _, c := range []struct {
+		name, socket string
+		tools        []string
+		want         string // what was called, "" for nothing
+	}{
+		{"docker", "", []string{"docker"}, "docker system dial-stdio"},
+		{"docker at a socket", "/run/user/1000/docker.sock", []string{"docker"}, "docker --host=unix:///run/user/1000/docker.sock system dial-stdio"},
+		{"all that a path may have", "/a._-+@:=~/B0", []string{"docker"}, "docker --host=unix:///a._-+@:=~/B0 system dial-stdio"},
+		{"both", "", []string{"docker", "podman"}, "docker system dial-stdio"},
+		{"podman", "", []string{"podman"}, "podman system dial-stdio"},
+		{"podman at a socket", "/run/p.sock", []string{"podman"}, "podman --url=unix:///run/p.sock system dial-stdio"},
+		{"neither", "", nil, ""},
+	} {
+		for _, name := range []string{"sh", "dash", "bash", "zsh", "ksh", "fish", "csh", "tcsh"} {
+			shell, err := exec.LookPath(name)
+			if err != nil {
+				continue
+			}
+			t.Run(c.name+"/"+name, func(t *testing.T) {
+				dir := tools(c.tools...)
+				var out, errs strings.Builder
+				cmd := exec.Command(shell, "-c", engineCommand(c.socket, mark))
+				cmd.Env, cmd.Stdout, cmd.Stderr = []string{"PATH=" + dir, "HOME=" + dir}, &out, &errs
+				err := cmd.Run()
+				first, rest, _ := strings.Cut(out.String(), "\n")
+				if first != mark || !strings.Contains(errs.String(), mark+"\n") {
+					t.Fatalf("no marker: stdout %q, stderr %q", out.String(), errs.String())
+				}
+				if c.want == "" {
+					if err == nil || rest != "" || !strings.Contains(errs.String(), "docker") {
+						t.Errorf("stdout %q, stderr %q, %v, want a complaint that docker is missing", rest, errs.String(), err)
+					}
+					return
+				}
+				if want := dir + "/" + c.want + "\n"; err != nil || rest != want {
+					t.Errorf("ran %q, %v, want %q; stderr %q", rest, err, want, errs.String())
+				}
+			})
+		}
+	}
+}
+
+// A zone that nobody can mind is kept.
+func TestDecodeZone(t *testing.T) {
+	list, err := decodeList(strings.NewReader(`[{"Id":"` + idLong + `","Ports":[{"IP":"fe80::1%eth0","PrivatePort":80,"PublicPort":80,"Type":"tcp"}]}]`))
+	if err != nil || len(list) != 1 || len(list[0].ports) != 1 || list[0].ports[0].ip != netip.MustParseAddr("fe80::1%eth0") {
+		t.Errorf("%v, %v", list, err)
+	}
+}

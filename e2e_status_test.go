@@ -1,0 +1,238 @@
+package main
+
+// The commands that ask a running instance, end to end on the rig.
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// tell runs another command of the program for the run's host.
+func (p *runProc) tell(command string, args ...string) (stdout, stderr string, code int) {
+	p.t.Helper()
+	args = append([]string{command, "-host", p.host}, args...)
+	cmd := exec.Command(os.Args[0], args...)
+	cmd.Env = append(os.Environ(), "RDHPF_TEST_MAIN=1", "RDHPF_DIR="+p.dir, "GORACE=atexit_sleep_ms=0")
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+		p.t.Fatal(err)
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+// status is what `rdhpf status -json` says.
+func (p *runProc) status() *report {
+	p.t.Helper()
+	out, errs, _ := p.tell("status", "-json")
+	r := &report{snapshot: &snapshot{}}
+	if err := json.Unmarshal([]byte(out), r); err != nil {
+		p.t.Fatalf("status -json: %v: %q, %q", err, out, errs)
+	}
+	return r
+}
+
+// forward is the forward of a local port, as status has it.
+func (p *runProc) forward(port int) *forwardInfo {
+	p.t.Helper()
+	for _, f := range p.status().Forwards {
+		if int(f.LocalPort) == port {
+			return &f
+		}
+	}
+	return nil
+}
+
+// becomes waits until status has a forward of port in a status, with text in its
+// reason.
+func (p *runProc) becomes(port int, status, reason string) *forwardInfo {
+	p.t.Helper()
+	var f *forwardInfo
+	eventually(p.t, fmt.Sprintf("%d is %s %s", port, status, reason), func() error {
+		if f = p.forward(port); f == nil || f.Status != status || !strings.Contains(f.Reason, reason) || reason == "" && f.Reason != "" {
+			return fmt.Errorf("it is %+v", f)
+		}
+		return nil
+	})
+	return f
+}
+
+func TestE2EStatus(t *testing.T) {
+	g := needRig(t)
+	port := freePorts(t, 4)
+	busy := listenOn(t, port+1)
+	web := g.boot(t, port)
+	g.boot(t, port+1)
+	dead := g.bootSpec(t, boxSpec{args: []string{"-mode", "none"}, ports: []boxPort{{host: port + 2, private: 80}, {host: port + 3, private: 53, proto: "udp"}}})
+	p := startRun(t, g, "")
+
+	out, errs, code := p.tell("status", "-wait", "30s", fmt.Sprint(port))
+	if code != 0 || !strings.Contains(out, web.id[:12]) {
+		t.Errorf("status -wait: %d, %q, %q", code, out, errs)
+	}
+	p.becomes(port, active, "")
+	p.becomes(port+1, conflict, fmt.Sprintf("port already in use after 5 retry attempts (held by rdhpf.test, pid %d)", os.Getpid()))
+	p.becomes(port+2, pending, "port not responding")
+
+	out, errs, code = p.tell("status")
+	if code != 0 || errs != "" {
+		t.Errorf("status: %d, stderr %q", code, errs)
+	}
+	for _, want := range []string{"CONTAINER ID   LOCAL ", web.id[:12], fmt.Sprintf("Skipped: %d/udp of %s (%s): SSH carries TCP only", port+3, dead.name, dead.id[:12])} {
+		if !strings.Contains(out, want) {
+			t.Errorf("status prints no %q:\n%s", want, out)
+		}
+	}
+	r := p.status()
+	if r.Source != "socket" || !r.Running || r.Stale || r.PID != p.cmd.Process.Pid || r.Connection.State != connected || !strings.HasPrefix(r.Engine, "Docker/") {
+		t.Errorf("status -json: %+v", r)
+	}
+	if f := p.forward(port); f.ContainerName != web.name || f.ContainerPort != 80 || f.Image != g.env["RIG_IMAGE"] || f.CreatedAt.IsZero() {
+		t.Errorf("the forward is %+v", f)
+	}
+
+	out, _, code = p.tell("health")
+	if code != 1 || !strings.HasPrefix(out, "degraded: 1 active, 1 conflict, 1 pending; connected for ") {
+		t.Errorf("health: %d, %q", code, out)
+	}
+	_, errs, code = p.tell("status", "-wait", "300ms")
+	if code != 1 || !strings.Contains(errs, fmt.Sprintf("127.0.0.1:%d is conflict", port+1)) {
+		t.Errorf("status -wait that has to fail: %d, %q", code, errs)
+	}
+
+	// All is well once the port is free and the silent one is gone.
+	busy.Close()
+	dead.remove()
+	if _, errs, code = p.tell("status", "-wait", "30s"); code != 0 {
+		t.Errorf("status -wait: %d, %q", code, errs)
+	}
+	if out, _, code = p.tell("health", "-json"); code != 0 || !strings.Contains(out, `"status":"ok"`) {
+		t.Errorf("health -json: %d, %q", code, out)
+	}
+
+	before := p.forward(port)
+	if out, _, code = p.tell("pause"); code != 0 || refused(port) != nil {
+		t.Errorf("pause: %d, %q, and then %v", code, out, refused(port))
+	}
+	p.becomes(port, pending, "paused")
+	if _, _, code = p.tell("pause"); code != 0 {
+		t.Errorf("pause again: %d", code)
+	}
+	if out, _, code = p.tell("resume"); code != 0 || web.answering(port) != nil {
+		t.Errorf("resume: %d, %q, and then %v", code, out, web.answering(port))
+	}
+	if after := p.becomes(port, active, ""); !after.CreatedAt.Equal(before.CreatedAt) || !after.UpdatedAt.After(before.UpdatedAt) {
+		t.Errorf("before the pause %+v, after it %+v", before, after)
+	}
+
+	if out, _, code = p.tell("stop"); code != 0 || out != "stopped\n" {
+		t.Errorf("stop: %d, %q", code, out)
+	}
+	p.exits(0)
+	p.leftNothing()
+	if files, _ := filepath.Glob(filepath.Join(p.dir, "*")); len(files) != 1 || files[0] != p.paths().lock {
+		t.Errorf("a clean stop leaves %v", files)
+	}
+	for _, command := range []string{"status", "health", "pause", "resume", "reload", "stop"} {
+		if _, errs, code := p.tell(command); code != 3 || !strings.Contains(errs, "No running instance found for ssh://"+p.host+". Start one with: rdhpf run -host ssh://"+p.host) {
+			t.Errorf("%s without an instance: %d, %q", command, code, errs)
+		}
+	}
+}
+
+func TestE2EReload(t *testing.T) {
+	g := needRig(t)
+	port := freePorts(t, 4)
+	stays, moves := g.boot(t, port), g.boot(t, port+1)
+	p := newRun(t, g, "", "-skip", fmt.Sprint(port+2))
+	g.boot(t, port+2)
+	p.start()
+	stays.answers(port)
+	moves.answers(port + 1)
+	c := dialEcho(t, port+1) // a live connection outlives the move
+	before := p.becomes(port, active, "")
+
+	config := filepath.Join(p.dir, "config.json")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(fmt.Sprintf(`{"hosts": {%q: {"map": {"%d": %d}}}, "skip": []}`, p.host, port+1, port+3))
+	if out, errs, code := p.tell("reload"); code != 0 {
+		t.Fatalf("reload: %d, %q, %q", code, out, errs)
+	}
+	moves.answers(port + 3)
+	refuses(t, port+1)
+	if after := p.forward(port); after.CreatedAt != before.CreatedAt || after.UpdatedAt != before.UpdatedAt {
+		t.Errorf("a forward that the reload does not concern was touched: %+v, then %+v", before, after)
+	}
+	fmt.Fprint(c, "GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+	if n, err := c.Read(make([]byte, 100)); n == 0 {
+		t.Errorf("the live connection did not outlive the reload: %v", err)
+	}
+
+	write("{\n  \"map\": {\"80\": \"x\"}\n}")
+	_, errs, code := p.tell("reload")
+	if code != 1 || !strings.Contains(errs, config+":2:17: ") {
+		t.Errorf("reload of a bad file: %d, %q", code, errs)
+	}
+	moves.answers(port + 3)
+	skipped := p.status().Skipped
+	if !slices.ContainsFunc(skipped, func(s skippedPort) bool { return int(s.Port) == port+2 && s.Reason == "named by skip" }) {
+		t.Errorf("the flag does not win over the file: %+v", skipped)
+	}
+}
+
+func TestE2EStatusAfterKill(t *testing.T) {
+	g := needRig(t)
+	port := freePorts(t, 1)
+	b := g.boot(t, port)
+	p := startRun(t, g, "")
+	b.answers(port)
+	p.becomes(port, active, "")
+	p.signal(syscall.SIGSTOP)
+	out, errs, code := p.tell("status")
+	if code != 0 || !strings.Contains(out, b.id[:12]) {
+		t.Errorf("status of a stopped run: %d, %q, %q", code, out, errs)
+	}
+	p.signal(syscall.SIGCONT)
+	p.signal(syscall.SIGKILL)
+	p.exits(-1)
+	out, errs, code = p.tell("status", "-json")
+	if code != 3 || !strings.Contains(errs, "No rdhpf is running for this host") || !strings.Contains(out, `"source":"file","running":false,"stale":true`) {
+		t.Errorf("status of a killed run: %d, %q, %q", code, out, errs)
+	}
+}
+
+// A -wait that begins before the run does.
+func TestE2EWaitForAStart(t *testing.T) {
+	g := needRig(t)
+	port := freePorts(t, 1)
+	p := newRun(t, g, "")
+	type result struct {
+		out, errs string
+		code      int
+	}
+	done := make(chan result)
+	go func() {
+		out, errs, code := p.tell("status", "-wait", "60s", fmt.Sprint(port))
+		done <- result{out, errs, code}
+	}()
+	p.start()
+	p.waitLine("connected to ")
+	b := g.boot(t, port)
+	if r := <-done; r.code != 0 || !strings.Contains(r.out, b.id[:12]) {
+		t.Errorf("status -wait: %+v", r)
+	}
+}

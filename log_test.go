@@ -1,0 +1,101 @@
+package main
+
+// Tests of what is printed on stderr.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestLogLines(t *testing.T) {
+	at := time.Date(2025, 3, 1, 14, 5, 6, 789e6, time.UTC)
+	attrs := []slog.Attr{slog.String("local", "127.0.0.1:80"), slog.String("reason", "a\x1b[31m \"b\""), slog.Int("n", 3)}
+	for _, c := range []struct {
+		name        string
+		level       slog.Level // of the logger
+		format      string
+		line        slog.Level
+		text, lines string
+	}{
+		{"info", slog.LevelInfo, "text", slog.LevelInfo, "127.0.0.1:80 → web", "14:05:06 127.0.0.1:80 → web\n"},
+		{"warning", slog.LevelInfo, "text", slog.LevelWarn, "busy", "14:05:06 warning: busy\n"},
+		{"error", slog.LevelInfo, "text", slog.LevelError, "broken", "14:05:06 error: broken\n"},
+		{"debug", slog.LevelDebug, "text", slog.LevelDebug, "ssh: x", `14:05:06 debug: ssh: x local="127.0.0.1:80" reason="a\x1b[31m \"b\"" n="3"` + "\n"},
+		{"info at debug", slog.LevelDebug, "text", slog.LevelInfo, "x", `14:05:06 x local="127.0.0.1:80" reason="a\x1b[31m \"b\"" n="3"` + "\n"},
+		{"too low", slog.LevelInfo, "text", slog.LevelDebug, "ssh: x", ""},
+		{"too low for warn", slog.LevelWarn, "text", slog.LevelInfo, "x", ""},
+		{"escape sequences", slog.LevelInfo, "text", slog.LevelInfo, "\x1b]0;x\x07a\u009b2Jb\nc\r\u202e", "14:05:06 ]0;xa2Jb c\n"},
+		{"json", slog.LevelInfo, "json", slog.LevelWarn, "busy → web",
+			`{"time":"2025-03-01T14:05:06.789Z","level":"WARN","msg":"busy → web","local":"127.0.0.1:80","reason":"a\u001b[31m \"b\"","n":3}` + "\n"},
+		{"json with escape sequences", slog.LevelInfo, "json", slog.LevelInfo, "\x1b]0;x\x07a\nb",
+			`{"time":"2025-03-01T14:05:06.789Z","level":"INFO","msg":"\u001b]0;x\u0007a\nb","local":"127.0.0.1:80","reason":"a\u001b[31m \"b\"","n":3}` + "\n"},
+		{"json, too low", slog.LevelInfo, "json", slog.LevelDebug, "x", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var out bytes.Buffer
+			h := newLogger(&out, c.level, c.format, func(err error) { t.Error(err) }).Handler()
+			if h.Enabled(context.Background(), c.line) {
+				r := slog.NewRecord(at, c.line, c.text, 0)
+				r.AddAttrs(attrs...)
+				if err := h.Handle(context.Background(), r); err != nil {
+					t.Error(err)
+				}
+			}
+			if out.String() != c.lines {
+				t.Errorf("\n got %q\nwant %q", out.String(), c.lines)
+			}
+			if c.format == "json" && out.Len() > 0 && !json.Valid(out.Bytes()) {
+				t.Error("no JSON")
+			}
+		})
+	}
+}
+
+func TestLogWith(t *testing.T) {
+	var out bytes.Buffer
+	base := newLogger(&out, slog.LevelDebug, "text", nil).With("a", 1)
+	one, two := base.With("b", 2), base.With("c", 3)
+	one.Info("x")
+	two.WithGroup("g").Info("y", "d", 4)
+	base.Info("z")
+	var got []string
+	for _, line := range strings.Split(strings.TrimSpace(out.String()), "\n") {
+		got = append(got, line[len("15:04:05 "):])
+	}
+	if g, want := strings.Join(got, "; "), `x a="1" b="2"; y a="1" c="3" d="4"; z a="1"`; g != want {
+		t.Errorf("got %s, want %s", g, want)
+	}
+}
+
+// A line is bounded and is one line, whoever wrote it.
+func TestLogBounded(t *testing.T) {
+	var out bytes.Buffer
+	newLogger(&out, slog.LevelInfo, "text", nil).Info(strings.Repeat("a\n", 1<<20))
+	if n := out.Len(); n > 5000 || strings.Count(out.String(), "\n") != 1 {
+		t.Errorf("%d bytes, %d lines", n, strings.Count(out.String(), "\n"))
+	}
+}
+
+type brokenWriter struct{ err error }
+
+func (w brokenWriter) Write([]byte) (int, error) { return 0, w.err }
+
+func TestLogLost(t *testing.T) {
+	broken := errors.New("broken pipe")
+	for _, format := range []string{"text", "json"} {
+		var lost []error
+		log := newLogger(brokenWriter{broken}, slog.LevelInfo, format, func(err error) { lost = append(lost, err) })
+		log.Info("one")
+		log.Debug("not written")
+		log.Warn("two")
+		if len(lost) != 2 || !errors.Is(lost[0], broken) || !errors.Is(lost[1], broken) {
+			t.Errorf("%s: lost told of %v, want twice %v", format, lost, broken)
+		}
+	}
+}
