@@ -5,12 +5,10 @@ package main
 
 import (
 	"bufio"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
+	"math/rand/v2"
 	"net/url"
 	"strings"
 	"syscall"
@@ -39,9 +37,7 @@ var errMaster = errors.New("the ssh master does not answer")
 // dialEngine opens a session of the master and speaks to the engine in it.
 // Start-up noise of the remote shell is discarded up to a marker.
 func dialEngine(control, socket string, timeout time.Duration) (*engine, error) {
-	var nonce [8]byte
-	rand.Read(nonce[:])
-	mark := "rdhpf-" + hex.EncodeToString(nonce[:])
+	mark := fmt.Sprintf("rdhpf-%016x", rand.Uint64())
 	s, err := muxOpenSession(control, engineCommand(socket, mark), timeout)
 	if err != nil {
 		var refused *muxError
@@ -121,8 +117,8 @@ func (e *engine) fail(doing string, err error) error {
 	return fmt.Errorf("docker on the remote host: %s%s", said, hint)
 }
 
-// get sends a request. The caller reads the body to its end, then closes it.
-func (e *engine) get(path string, query url.Values, timeout time.Duration) (*http.Response, error) {
+// get sends a request. The caller reads the body to its end before the next.
+func (e *engine) get(path string, query url.Values, timeout time.Duration) (*response, error) {
 	doing := "asking the remote engine for " + path
 	deadline := time.Now().Add(timeout)
 	e.s.SetWriteDeadline(deadline)
@@ -133,16 +129,16 @@ func (e *engine) get(path string, query url.Values, timeout time.Duration) (*htt
 	if _, err := fmt.Fprintf(e.s, "GET %s HTTP/1.1\r\nHost: docker\r\nUser-Agent: rdhpf\r\n\r\n", path); err != nil {
 		return nil, e.fail(doing, err)
 	}
-	resp, err := http.ReadResponse(e.r, nil)
+	resp, err := readResponse(e.r)
 	if err != nil {
 		return nil, e.fail(doing, err)
 	}
-	if server := resp.Header.Get("Server"); server != "" {
-		e.server = printable(server, maxText)
+	if resp.server != "" {
+		e.server = printable(resp.server, maxText)
 	}
-	if resp.StatusCode != http.StatusOK {
-		body, _ := io.ReadAll(io.LimitReader(resp.Body, 1000))
-		return nil, fmt.Errorf("%s: %s: %s", doing, printable(resp.Status, maxText), printable(strings.TrimSpace(string(body)), 1000))
+	if resp.code != 200 {
+		body, _ := io.ReadAll(io.LimitReader(resp.body, 1000))
+		return nil, fmt.Errorf("%s: %s: %s", doing, printable(resp.status, maxText), printable(strings.TrimSpace(string(body)), 1000))
 	}
 	return resp, nil
 }
@@ -153,8 +149,7 @@ func (e *engine) list() ([]container, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer resp.Body.Close()
-	body := &io.LimitedReader{R: resp.Body, N: maxList}
+	body := &io.LimitedReader{R: resp.body, N: maxList}
 	list, err := decodeList(body)
 	if err == nil {
 		_, err = io.Copy(io.Discard, body) // leaves the connection at the next answer
@@ -181,10 +176,9 @@ func (e *engine) events(subscribed func(), handle func(event)) error {
 	if err != nil {
 		return err
 	}
-	defer resp.Body.Close()
 	e.s.SetReadDeadline(time.Time{})
 	subscribed()
-	lines := bufio.NewScanner(resp.Body)
+	lines := bufio.NewScanner(resp.body)
 	lines.Buffer(nil, maxEvent)
 	for lines.Scan() {
 		if ev, ok := decodeEvent(lines.Bytes()); ok {
