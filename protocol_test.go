@@ -157,12 +157,12 @@ func TestProtocolNames(t *testing.T) {
 	doc := protocolDoc(t)
 	hash := hostHash("ssh://user@example.com")
 	for _, want := range []string{hash + ".sock", hash + ".state.json", hash + ".lock", hash + ".ctl",
-		"| -32700 |", "| -32600 |", "| -32601 |", "| -32602 |", "| -32000 |", "1,048,576", "128 connections", "at most 100 requests"} {
+		"| -32700 |", "| -32600 |", "| -32601 |", "| -32602 |", "| -32000 |", "1,048,576", "128 connections", "at most 16 requests"} {
 		if !strings.Contains(doc, want) {
 			t.Errorf("docs/protocol.md does not say %q", want)
 		}
 	}
-	if maxLine != 1_048_576 || maxConns != 128 || maxBatch != 100 || firstDeadline != 10*time.Second || writeTimeout != 10*time.Second ||
+	if maxLine != 1_048_576 || maxConns != 128 || maxBatch != 16 || firstDeadline != 10*time.Second || writeTimeout != 10*time.Second ||
 		callTimeout != 10*time.Second || maxStateAge != 10*time.Second || writeEvery != 2*time.Second {
 		t.Error("docs/protocol.md has other limits")
 	}

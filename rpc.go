@@ -7,6 +7,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 )
 
 // The codes of JSON-RPC 2.0, and ours.
@@ -16,7 +17,7 @@ const (
 	rpcNoMethod   = -32601
 	rpcBadParams  = -32602
 	rpcFailed     = -32000 // what was asked for could not be done
-	maxBatch      = 100
+	maxBatch      = 16     // with a thousand forwards each answer is large
 	dialectPlain  = ""
 	dialectOne    = "1.0"
 	dialectTwo    = "2.0"
@@ -49,16 +50,15 @@ func rpcAnswer(line []byte, handle rpcHandler) []byte {
 	if len(line) > 0 && line[0] == '[' {
 		return rpcBatch(line, handle)
 	}
-	var v json.RawMessage
-	if err := json.Unmarshal(line, &v); err != nil {
+	if !json.Valid(line) {
 		return rpcUnparsed(line)
 	}
-	return rpcOne(v, handle, false)
+	return rpcOne(line, handle, false)
 }
 
 // rpcUnparsed answers what is no JSON, in the dialect that it seems to be meant in.
 func rpcUnparsed(line []byte) []byte {
-	if bytes.Contains(line, []byte(`"jsonrpc"`)) || len(line) > 0 && line[0] == '[' {
+	if bytes.Contains(line, []byte(`"jsonrpc"`)) {
 		return (&rpcRequest{dialect: dialectTwo}).answer(nil, &rpcError{rpcParse, "Parse error"})
 	}
 	return (&rpcRequest{}).answer(nil, &rpcError{rpcParse, "Parse error"})
@@ -67,14 +67,22 @@ func rpcUnparsed(line []byte) []byte {
 // rpcBatch answers a batch: an array of answers, nil where none is due.
 func rpcBatch(line []byte, handle rpcHandler) []byte {
 	two := &rpcRequest{dialect: dialectTwo}
-	var batch []json.RawMessage
-	switch err := json.Unmarshal(line, &batch); {
-	case err != nil:
+	if !json.Valid(line) {
 		return two.answer(nil, &rpcError{rpcParse, "Parse error"})
-	case len(batch) == 0:
+	}
+	var batch []json.RawMessage
+	dec := json.NewDecoder(bytes.NewReader(line))
+	dec.Token()
+	for dec.More() { // not at once: a line of "[1,1,1…" makes half a million
+		if len(batch) == maxBatch {
+			return two.answer(nil, &rpcError{rpcInvalid, fmt.Sprintf("Invalid Request: over %d in a batch", maxBatch)})
+		}
+		var v json.RawMessage
+		dec.Decode(&v) // it is valid
+		batch = append(batch, v)
+	}
+	if len(batch) == 0 {
 		return two.answer(nil, &rpcError{rpcInvalid, "Invalid Request"})
-	case len(batch) > maxBatch:
-		return two.answer(nil, &rpcError{rpcInvalid, "Invalid Request: over 100 in a batch"})
 	}
 	var answers [][]byte
 	for _, v := range batch {
@@ -111,9 +119,20 @@ func rpcOne(v json.RawMessage, handle rpcHandler, batched bool) []byte {
 func rpcParseRequest(v json.RawMessage) (*rpcRequest, *rpcError) {
 	req := &rpcRequest{}
 	invalid := &rpcError{rpcInvalid, "Invalid Request"}
-	var m map[string]json.RawMessage
-	if json.Unmarshal(v, &m) != nil || m == nil {
+	if v[0] != '{' {
 		return req, invalid
+	}
+	m := make(map[string]json.RawMessage)
+	dec := json.NewDecoder(bytes.NewReader(v))
+	dec.Token()
+	for dec.More() { // not at once: a line of members makes a big map
+		name, _ := dec.Token()
+		var value json.RawMessage
+		dec.Decode(&value) // it is valid
+		switch name {
+		case "jsonrpc", "id", "method", "params":
+			m[name.(string)] = value
+		}
 	}
 	id, hasID := m["id"]
 	if version, ok := m["jsonrpc"]; ok {
@@ -212,7 +231,9 @@ func mustJSON(v any) []byte {
 // noParams refuses parameters: no method takes any. net/rpc/jsonrpc always sends
 // one, in an array.
 func (req *rpcRequest) noParams() *rpcError {
-	switch string(bytes.Join(bytes.Fields(req.params), nil)) {
+	var compact bytes.Buffer
+	json.Compact(&compact, req.params)
+	switch compact.String() {
 	case "", "null", "{}", "[]", "[{}]", "[null]":
 		return nil
 	}

@@ -37,8 +37,9 @@ type server struct {
 
 // client is one connection.
 type client struct {
-	conn       net.Conn
-	heard      time.Time // of the last request; guarded by server.mu
+	conn       *net.UnixConn
+	end        context.CancelFunc // of the connection, and of all that is done for it
+	heard      time.Time          // of the last request; guarded by server.mu
 	write      sync.Mutex
 	subscribed bool // only its reader's
 }
@@ -85,7 +86,8 @@ func (s *server) serve(ctx context.Context, l *net.UnixListener) {
 			conn.Close()
 			continue
 		}
-		c := &client{conn: conn, heard: time.Now()}
+		ctx, end := context.WithCancel(ctx)
+		c := &client{conn: conn, end: end, heard: time.Now()}
 		s.admit(c)
 		wg.Add(1)
 		go func() {
@@ -93,17 +95,6 @@ func (s *server) serve(ctx context.Context, l *net.UnixListener) {
 			s.talk(ctx, c)
 		}()
 	}
-}
-
-// allowed says whether the peer is us or root.
-func allowed(conn *net.UnixConn) bool {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return false
-	}
-	uid := -1
-	raw.Control(func(fd uintptr) { uid, err = peerUID(int(fd)) })
-	return err == nil && (uid == 0 || uid == os.Geteuid())
 }
 
 // admit makes room for c where there is none.
@@ -117,7 +108,7 @@ func (s *server) admit(c *client) {
 				silent = o
 			}
 		}
-		silent.conn.Close()
+		silent.end()
 		delete(s.conns, silent)
 	}
 	s.conns[c] = true
@@ -125,24 +116,24 @@ func (s *server) admit(c *client) {
 
 // talk answers one client's requests in turn, until it leaves.
 func (s *server) talk(ctx context.Context, c *client) {
-	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
+	lines := bufio.NewScanner(c.conn)
+	lines.Buffer(nil, maxLine)
+	defer context.AfterFunc(ctx, func() { c.conn.Close() })()
 	defer func() {
-		if !c.subscribed {
-			cancel()
+		// A subscriber that only says no more still listens.
+		if !c.subscribed || lines.Err() != nil || c.left() {
+			c.end()
 		}
-		wg.Wait() // a subscriber that says no more may still listen
-		cancel()
+		wg.Wait()
+		c.end()
 		c.conn.Close()
 		s.mu.Lock()
 		delete(s.conns, c)
 		s.mu.Unlock()
 	}()
-	defer context.AfterFunc(ctx, func() { c.conn.Close() })()
 	c.conn.SetReadDeadline(time.Now().Add(firstDeadline))
-	lines := bufio.NewScanner(c.conn)
-	lines.Buffer(nil, maxLine)
-	for lines.Scan() {
+	for lines.Scan() && lines.Err() == nil { // with an error, the last line is half of one
 		c.conn.SetReadDeadline(time.Time{})
 		s.mu.Lock()
 		c.heard = time.Now()
@@ -158,16 +149,17 @@ func (s *server) talk(ctx context.Context, c *client) {
 			}
 			return result, failed
 		})
-		if answer != nil && c.send(answer) != nil {
-			cancel()
-			return
-		}
-		if then != nil {
+		unsent := answer != nil && c.send(answer) != nil
+		if then != nil { // to stop is not taken back by leaving
 			wg.Add(1)
 			go func() {
 				defer wg.Done()
 				then()
 			}()
+		}
+		if unsent {
+			c.end()
+			return
 		}
 	}
 	if errors.Is(lines.Err(), bufio.ErrTooLong) {
@@ -229,7 +221,7 @@ func (s *server) follow(ctx context.Context, c *client, req *rpcRequest, next <-
 		var snap *snapshot
 		snap, next = s.board.look()
 		if c.send(req.notification(snap.at(time.Now()))) != nil {
-			c.conn.Close() // ends the reader too
+			c.end() // the reader too
 			return
 		}
 	}

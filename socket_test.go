@@ -1,0 +1,803 @@
+package main
+
+// Tests of the socket: a real server on a real socket, with clients that know
+// how to behave and with those that do not.
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/rpc"
+	"net/rpc/jsonrpc"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// socketServer is a server that runs.
+type socketServer struct {
+	*server
+	path    string
+	cancel  context.CancelFunc
+	done    chan struct{} // closed when serve has returned
+	stopped chan struct{} // closed by the method stop
+
+	askMu sync.Mutex
+	asked []string
+}
+
+// socketSnap is a snapshot whose engine tells it from others.
+func socketSnap(engine string) *snapshot {
+	return &snapshot{Version: stateVersion, Host: "ssh://user@example.com", PID: 4242, StartedAt: epoch, Engine: engine,
+		Connection: connection{State: connected, Since: epoch}, Warnings: []string{}, Forwards: []forwardInfo{}, Skipped: []skippedPort{}}
+}
+
+// startSocket starts a server that ends, at the latest, with the test.
+func startSocket(t *testing.T) *socketServer {
+	t.Helper()
+	s := &socketServer{path: filepath.Join(muxTempDir(t), "s"), done: make(chan struct{}), stopped: make(chan struct{})}
+	l, err := listenSocket(s.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var once sync.Once
+	s.server = &server{board: newBoard(socketSnap("first")), ask: s.answer, stop: func() { once.Do(func() { close(s.stopped) }) }}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	go func() {
+		defer close(s.done)
+		s.serve(ctx, l)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-s.done
+	})
+	return s
+}
+
+func (s *socketServer) answer(_ context.Context, method string) (any, error) {
+	s.askMu.Lock()
+	defer s.askMu.Unlock()
+	s.asked = append(s.asked, method)
+	if method == "reload" {
+		return nil, errors.New("config.json: no\x1b such thing")
+	}
+	return map[string]bool{"paused": method == "pause"}, nil
+}
+
+func (s *socketServer) clients() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.conns)
+}
+
+// socketClient is a client whose every wait has an end.
+type socketClient struct {
+	*net.UnixConn
+	t     *testing.T
+	lines *bufio.Reader
+}
+
+func (s *socketServer) dial(t *testing.T) *socketClient {
+	t.Helper()
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: s.path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(2 * patience))
+	return &socketClient{conn, t, bufio.NewReader(conn)}
+}
+
+func (c *socketClient) say(text string) {
+	c.t.Helper()
+	if _, err := io.WriteString(c, text); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *socketClient) line() string {
+	c.t.Helper()
+	line, err := c.lines.ReadString('\n')
+	if err != nil {
+		c.t.Fatalf("reading an answer: %v, after %.200q", err, line)
+	}
+	return strings.TrimSuffix(line, "\n")
+}
+
+// asks says a line and wants an answer that contains all of the texts.
+func (c *socketClient) asks(line string, want ...string) {
+	c.t.Helper()
+	c.say(line + "\n")
+	c.hears(want...)
+}
+
+func (c *socketClient) hears(want ...string) {
+	c.t.Helper()
+	line := c.line()
+	for _, w := range want {
+		if !strings.Contains(line, w) {
+			c.t.Fatalf("the answer is %.300s, want %s", line, w)
+		}
+	}
+	if !json.Valid([]byte(line)) {
+		c.t.Fatalf("the answer is no JSON: %.300s", line)
+	}
+}
+
+// ends wants the server to have closed the connection, with nothing said before.
+func (c *socketClient) ends() {
+	c.t.Helper()
+	rest, err := io.ReadAll(c.lines)
+	if err != nil && !errors.Is(err, syscall.ECONNRESET) {
+		c.t.Fatalf("the connection is not closed: %v", err)
+	}
+	if len(rest) > 0 {
+		c.t.Fatalf("the connection says %.300q", rest)
+	}
+}
+
+const askHealth = `{"method":"health"}`
+
+func TestSocketNetRPC(t *testing.T) {
+	s := startSocket(t)
+	client := jsonrpc.NewClient(s.dial(t))
+	defer client.Close()
+	var snap snapshot
+	if err := client.Call("status", struct{}{}, &snap); err != nil || snap.Host != "ssh://user@example.com" || snap.PID != 4242 || snap.UpdatedAt.IsZero() {
+		t.Errorf("status: %+v, %v", snap, err)
+	}
+	var h health
+	if err := client.Call("health", struct{}{}, &h); err != nil || h.Status != "ok" {
+		t.Errorf("health: %+v, %v", h, err)
+	}
+	if err := client.Call("health", nil, &h); err != nil {
+		t.Errorf("health with nil: %v", err)
+	}
+	for method, want := range map[string]string{"nosuch": "Method not found", "reload": "config.json: no\x1b such thing"} {
+		err := client.Call(method, struct{}{}, &h)
+		if e, ok := err.(rpc.ServerError); !ok || string(e) != want {
+			t.Errorf("%s: error %q, want %q", method, err, want)
+		}
+	}
+	if err := client.Call("status", "all", &snap); err == nil || err.Error() != "Invalid params: status takes none" {
+		t.Errorf("status with a parameter: %v", err)
+	}
+	var calls []*rpc.Call
+	for range 200 {
+		calls = append(calls, client.Go("status", struct{}{}, new(snapshot), make(chan *rpc.Call, 1)))
+	}
+	for _, c := range calls {
+		if <-c.Done; c.Error != nil || c.Reply.(*snapshot).PID != 4242 {
+			t.Fatalf("%+v", c)
+		}
+	}
+}
+
+func TestSocketCall(t *testing.T) {
+	s := startSocket(t)
+	var snap snapshot
+	if err := call(s.path, "status", &snap); err != nil || snap.Engine != "first" {
+		t.Errorf("status: %+v, %v", snap, err)
+	}
+	var paused struct{ Paused bool }
+	if err := call(s.path, "pause", &paused); err != nil || !paused.Paused {
+		t.Errorf("pause: %+v, %v", paused, err)
+	}
+	if err := call(s.path, "reload", &paused); err == nil || err.Error() != "config.json: no such thing" {
+		t.Errorf("reload: %v", err)
+	}
+	if err := call(s.path+"x", "status", &snap); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no socket: %v", err)
+	}
+}
+
+func TestSocketDialects(t *testing.T) {
+	s := startSocket(t)
+	c := s.dial(t)
+	for range 3 {
+		c.asks(`{"method":"status","params":{}}`, `{"result":{"version":"1.0","host":"ssh://user@example.com","pid":4242,`, `"skipped":[]},"error":null}`)
+		c.asks(`{"method":"status","params":[{}],"id":1}`, `{"id":1,"result":{"version":"1.0",`, `},"error":null}`)
+		c.asks(`{"jsonrpc":"2.0","method":"status","id":"x"}`, `{"jsonrpc":"2.0","result":{"version":"1.0",`, `},"id":"x"}`)
+		c.asks(`[{"jsonrpc":"2.0","method":"health","id":1},{"jsonrpc":"2.0","method":"health"},{"jsonrpc":"2.0","method":"x","id":2}]`,
+			`[{"jsonrpc":"2.0","result":{"status":"ok"`, `},"id":1},{"jsonrpc":"2.0","error":{"code":-32601,"message":"Method not found"},"id":2}]`)
+		c.asks(`{"method":"nosuch"}`, `{"result":null,"error":"Method not found"}`)
+		c.asks(`{"method":"status","params":["x"],"id":1,"jsonrpc":"2.0"}`, `"code":-32602,`)
+		c.asks("\n\r\n"+`{"method":"health"}`+"\r", `{"result":{"status":"ok"`) // empty lines are nothing
+	}
+}
+
+func TestSocketAsks(t *testing.T) {
+	s := startSocket(t)
+	c := s.dial(t)
+	c.asks(`{"method":"pause"}`, `{"result":{"paused":true},"error":null}`)
+	c.asks(`{"jsonrpc":"2.0","method":"resume","id":1}`, `{"jsonrpc":"2.0","result":{"paused":false},"id":1}`)
+	c.asks(`{"method":"reload","id":2}`, `{"id":2,"result":null,"error":"config.json: no\u001b such thing"}`)
+	c.asks(`{"jsonrpc":"2.0","method":"reload","id":3}`, `"error":{"code":-32000,"message":"config.json: no\u001b such thing"},"id":3}`)
+	c.asks(`{"method":"pause","params":{"now":true}}`, `{"result":null,"error":"Invalid params: pause takes none"}`)
+	c.say(`{"jsonrpc":"2.0","method":"pause"}` + "\n" + `{"method":"resume","id":null}` + "\n") // notifications
+	c.asks(`{"method":"pause"}`, `{"result":{"paused":true},"error":null}`)
+	s.askMu.Lock()
+	defer s.askMu.Unlock()
+	if got, want := s.asked, []string{"pause", "resume", "reload", "reload", "pause", "resume", "pause"}; !slices.Equal(got, want) {
+		t.Errorf("asked for %q, want %q", got, want)
+	}
+}
+
+func TestSocketHalfClosed(t *testing.T) {
+	s := startSocket(t)
+	c := s.dial(t)
+	c.say(askHealth + "\n" + askHealth) // the last without an end
+	c.CloseWrite()
+	c.hears(`{"result":{"status":"ok"`)
+	c.hears(`{"result":{"status":"ok"`)
+	c.ends()
+}
+
+func TestSocketStop(t *testing.T) {
+	for _, line := range []string{
+		`{"method":"stop"}`,
+		`{"method":"stop","id":1}`,
+		`[{"jsonrpc":"2.0","method":"stop","id":1},{"jsonrpc":"2.0","method":"health","id":2}]`,
+	} {
+		s := startSocket(t)
+		hold := make(chan struct{})
+		stop := s.server.stop
+		s.server.stop = func() {
+			<-hold // so that nothing is stopped before the answer is there
+			stop()
+		}
+		s.dial(t).asks(line, `"result":{"stopping":true}`)
+		close(hold)
+		await(t, "the call of stop for "+line, s.stopped)
+	}
+	for _, line := range []string{`{"jsonrpc":"2.0","method":"stop"}`, `{"method":"stop","id":null}`} {
+		s := startSocket(t)
+		s.dial(t).say(line + "\n")
+		await(t, "the call of stop for "+line, s.stopped)
+	}
+	t.Run("by one that leaves at once", func(t *testing.T) {
+		s := startSocket(t)
+		c := s.dial(t)
+		c.CloseRead() // no answer can be sent
+		c.say(`{"method":"stop"}` + "\n")
+		await(t, "the call of stop", s.stopped)
+	})
+}
+
+func await(t *testing.T, what string, done <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Fatalf("not within %v: %s", patience, what)
+	}
+}
+
+func TestSocketSubscribe(t *testing.T) {
+	for _, tc := range []struct{ name, ask, first, next, other string }{
+		{"plain", `{"method":"subscribe"}`, `{"result":{"version":`, `{"result":{"version":`, `{"method":"health"}`},
+		{"1.0", `{"method":"subscribe","params":[],"id":7}`, `{"id":7,"result":{"version":`, `{"id":null,"method":"status","params":[{"version":`, `{"method":"health","params":[],"id":7}`},
+		{"2.0", `{"jsonrpc":"2.0","method":"subscribe","id":7}`, `{"jsonrpc":"2.0","result":{"version":`, `{"jsonrpc":"2.0","method":"status","params":{"version":`, `{"jsonrpc":"2.0","method":"health","id":7}`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s := startSocket(t)
+			c := s.dial(t)
+			c.asks(tc.ask, tc.first, `"engine":"first"`)
+			for i := range 3 {
+				engine := fmt.Sprintf("of post %d", i)
+				s.board.post(socketSnap(engine))
+				c.hears(tc.next, `"engine":"`+engine+`"`)
+				c.asks(tc.other, `{"status":"ok"`)
+			}
+			c.asks(tc.ask, `Invalid Request: one subscribe a connection, and none in a batch`)
+			c.CloseWrite() // it says no more and still listens
+			for i := range 3 {
+				engine := fmt.Sprintf("of late post %d", i)
+				s.board.post(socketSnap(engine))
+				c.hears(tc.next, `"engine":"`+engine+`"`)
+			}
+		})
+	}
+	t.Run("without an answer", func(t *testing.T) {
+		s := startSocket(t)
+		c := s.dial(t)
+		c.asks(`{"jsonrpc":"2.0","method":"subscribe"}`+"\n"+askHealth, `{"result":{"status":"ok"`)
+		s.board.post(socketSnap("second"))
+		c.hears(`{"jsonrpc":"2.0","method":"status","params":{"version":`, `"engine":"second"`)
+	})
+	t.Run("in a batch", func(t *testing.T) {
+		s := startSocket(t)
+		s.dial(t).asks(`[{"jsonrpc":"2.0","method":"subscribe","id":1}]`, `[{"jsonrpc":"2.0","error":{"code":-32600,`)
+	})
+	t.Run("until the instance ends", func(t *testing.T) {
+		s := startSocket(t)
+		c := s.dial(t)
+		c.asks(`{"method":"subscribe"}`, `{"result":`)
+		s.cancel()
+		c.ends()
+	})
+}
+
+// Many posts at once may share a line, and the last is never missed.
+func TestSocketSubscribeCoalesces(t *testing.T) {
+	s := startSocket(t)
+	c := s.dial(t)
+	c.asks(`{"method":"subscribe"}`, `"engine":"first"`)
+	for i := range 1000 {
+		s.board.post(socketSnap(fmt.Sprintf("of post %d", i)))
+	}
+	s.board.post(socketSnap("last"))
+	for lines := 1; !strings.Contains(c.line(), `"engine":"last"`); lines++ {
+		if lines > 1001 {
+			t.Fatal("more lines than posts")
+		}
+	}
+}
+
+// bigSnap is more than a socket takes without being read.
+func bigSnap(engine string) *snapshot {
+	snap := socketSnap(engine)
+	snap.Warnings = []string{strings.Repeat("x", 4<<20)}
+	return snap
+}
+
+// blockedSubscriber returns a client to which the server is writing, and which
+// takes no more of it.
+func (s *socketServer) blockedSubscriber(t *testing.T) *socketClient {
+	t.Helper()
+	c := s.dial(t)
+	c.asks(`{"method":"subscribe"}`, `{"result":`)
+	s.board.post(bigSnap("big"))
+	if _, err := c.lines.Peek(1); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestSocketSlowSubscriber(t *testing.T) {
+	s := startSocket(t)
+	slow := s.blockedSubscriber(t)
+	quick := s.dial(t)
+	quick.asks(`{"method":"subscribe"}`, `"engine":"big"`)
+	for i := range 50 {
+		engine := fmt.Sprintf("of post %d", i)
+		s.board.post(socketSnap(engine))
+		quick.hears(`"engine":"` + engine + `"`)
+		s.dial(t).asks(`{"method":"status"}`, `"engine":"`+engine+`"`)
+	}
+	// It was not given up meanwhile, so nobody waited for that. What it missed is
+	// not the last.
+	slow.line()
+	slow.hears(`"engine":"of post 49"`)
+}
+
+// A subscriber that has left is forgotten, though nothing happens of which it
+// could be told.
+func TestSocketSubscriberLeaves(t *testing.T) {
+	s := startSocket(t)
+	s.dial(t).asks(askHealth, `"ok"`)
+	before := runtime.NumGoroutine()
+	for range 3 * maxConns {
+		c := s.dial(t)
+		c.asks(`{"method":"subscribe"}`, `{"result":`)
+		c.Close()
+	}
+	eventually(t, "the subscribers that left are forgotten", func() error {
+		if n := runtime.NumGoroutine(); n > before+5 || s.clients() > 5 {
+			return fmt.Errorf("%d goroutines, %d before, and %d clients", n, before, s.clients())
+		}
+		return nil
+	})
+}
+
+// Subscribers that half-closed and cannot be seen to leave make room like others.
+func TestSocketSubscribersMakeRoom(t *testing.T) {
+	s := startSocket(t)
+	before := runtime.NumGoroutine()
+	for range 3 * maxConns {
+		c := s.dial(t)
+		c.asks(`{"method":"subscribe"}`, `{"result":`)
+		c.CloseWrite()
+	}
+	s.dial(t).asks(askHealth, `"ok"`)
+	eventually(t, "only so many subscribers are left", func() error {
+		if n := runtime.NumGoroutine(); n > before+4*maxConns {
+			return fmt.Errorf("%d goroutines, %d before", n, before)
+		}
+		return nil
+	})
+}
+
+func TestSocketSilentLongestGoes(t *testing.T) {
+	s := startSocket(t)
+	var clients []*socketClient
+	for range maxConns {
+		clients = append(clients, s.dial(t))
+	}
+	clients[0].asks(askHealth, `"ok"`)
+	eventually(t, "all are admitted", func() error {
+		if n := s.clients(); n != maxConns {
+			return fmt.Errorf("%d clients", n)
+		}
+		return nil
+	})
+	one := s.dial(t)
+	one.asks(askHealth, `"ok"`)
+	clients[1].ends()
+	for i, c := range clients {
+		if i != 1 {
+			c.asks(askHealth, `"ok"`)
+		}
+	}
+	one.asks(askHealth, `"ok"`)
+}
+
+// hostile are clients that no one has need of. Each is done when the server has
+// had all of it.
+var hostile = []struct {
+	name string
+	do   func(c *socketClient)
+}{
+	{"half a line", func(c *socketClient) { c.say(`{"method":`) }},
+	{"a line without an end", func(c *socketClient) {
+		sent, err := io.Copy(c.UnixConn, io.LimitReader(endless('a'), 64<<20))
+		if err == nil || sent > 8*maxLine {
+			c.t.Fatalf("the server took %d bytes without a newline: %v", sent, err)
+		}
+		c.hears(`{"result":null,"error":"Parse error: a line over 1048576 bytes"}`)
+		c.ends()
+	}},
+	{"a line without an end by a subscriber", func(c *socketClient) {
+		c.asks(`{"method":"subscribe"}`, `{"result":`)
+		sent, err := io.Copy(c.UnixConn, io.LimitReader(endless('['), 64<<20))
+		if err == nil || sent > 8*maxLine {
+			c.t.Fatalf("the server took %d bytes without a newline: %v", sent, err)
+		}
+		c.hears(`{"result":null,"error":"Parse error: a line over 1048576 bytes"}`)
+		c.ends()
+	}},
+	{"a line one byte too long", func(c *socketClient) {
+		c.asks(strings.Repeat(" ", maxLine-len(askHealth)-1)+askHealth, `"ok"`)
+		io.WriteString(c, strings.Repeat(" ", maxLine-len(askHealth))+askHealth+"\n") // may fail at its end
+		c.hears(`{"result":null,"error":"Parse error: a line over 1048576 bytes"}`)
+		c.ends()
+	}},
+	{"garbage", func(c *socketClient) {
+		c.asks("\x00\x01\xff\xfe\x1b]0;x\a", `{"result":null,"error":"Parse error"}`)
+		c.asks("GET / HTTP/1.1\r", `{"result":null,"error":"Parse error"}`)
+		c.asks("Host: x\r", `{"result":null,"error":"Parse error"}`)
+		c.asks(askHealth, `"ok"`)
+	}},
+	{"nested", func(c *socketClient) {
+		c.asks(strings.Repeat("[", 100_000), `"code":-32700`)
+		c.asks(`{"jsonrpc":"2.0","method":"health","params":`+strings.Repeat("[", 100_000), `"code":-32700`)
+		c.asks(strings.Repeat(`{"a":`, 100_000), `Parse error`)
+		c.asks(askHealth, `"ok"`)
+	}},
+	{"much in little", func(c *socketClient) {
+		c.asks(`[`+strings.Repeat("1,", maxLine/2-10)+`1]`, `over 100 in a batch`)
+		var members strings.Builder
+		for i := 0; members.Len() < maxLine-20; i++ {
+			fmt.Fprintf(&members, `"%x":0,`, i)
+		}
+		c.asks(`{`+members.String()+`"":1}`, `Invalid Request`)
+		c.asks(`{"method":"status","params":[`+strings.Repeat("1 ,", maxLine/3-20)+`1]}`, `Invalid params`)
+		c.asks(askHealth, `"ok"`)
+	}},
+	{"1,000 at once", func(c *socketClient) {
+		go io.WriteString(c, strings.Repeat(askHealth+"\n", 1000)) // it ends with the connection at the latest
+		for range 1000 {
+			c.hears(`"ok"`)
+		}
+	}},
+	{"1,000 at once, unread", func(c *socketClient) {
+		go io.WriteString(c, strings.Repeat(`{"method":"status"}`+"\n", 1000))
+		c.hears(`"version"`)
+	}},
+	{"gone at once", func(c *socketClient) { c.Close() }},
+	{"gone before the answer", func(c *socketClient) {
+		c.say(strings.Repeat(`{"method":"status"}`+"\n", 10))
+		c.Close()
+	}},
+}
+
+// endless is what a line without an end is read from.
+type endless byte
+
+func (e endless) Read(b []byte) (int, error) {
+	for i := range b {
+		b[i] = byte(e)
+	}
+	return len(b), nil
+}
+
+// Of the bytes that a client sends, the server keeps no more than a line, and it
+// answers others as if nothing was.
+func TestSocketHostile(t *testing.T) {
+	for _, h := range hostile {
+		t.Run(h.name, func(t *testing.T) {
+			s := startSocket(t)
+			other := s.dial(t)
+			other.asks(askHealth, `"ok"`)
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			h.do(s.dial(t))
+			runtime.ReadMemStats(&after)
+			// All that was ever allocated, by both ends: a line is taken apart as it is read.
+			if grown := after.TotalAlloc - before.TotalAlloc; grown > 80*maxLine {
+				t.Errorf("%d MiB were allocated", grown>>20)
+			}
+			other.asks(askHealth, `"ok"`)
+			s.dial(t).asks(askHealth, `"ok"`)
+		})
+	}
+}
+
+// More clients hang than there is room for, and others come and are answered.
+func TestSocketFlood(t *testing.T) {
+	s := startSocket(t)
+	for i := range 2 * maxConns {
+		c := s.dial(t)
+		if i%2 == 0 {
+			c.say(`{"method"`)
+		}
+		if i%16 == 0 {
+			s.dial(t).asks(askHealth, `"ok"`)
+		}
+	}
+	for range 10 {
+		s.dial(t).asks(askHealth, `"ok"`)
+	}
+	if n := s.clients(); n > maxConns {
+		t.Errorf("%d clients", n)
+	}
+}
+
+// What takes its time: clients that do not say or take what they should.
+func TestSocketDeadlines(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the deadlines are 10 s, and this is -short")
+	}
+	t.Parallel()
+	s := startSocket(t)
+	silent, half, slow := s.dial(t), s.dial(t), s.blockedSubscriber(t)
+	half.say("[\n{") // the first line is one, even if nothing is right with it
+	half.hears("Parse error")
+	drip := s.dial(t)
+	drip.say(" ")
+	silent.ends()
+	drip.ends()
+	if _, err := io.Copy(io.Discard, slow); err != nil && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the slow subscriber's connection is not closed: %v", err)
+	}
+	half.asks(`"method":"health"}`, `"status":"degraded"`) // it may take its time from then on
+}
+
+func TestSocketEnds(t *testing.T) {
+	before := runtime.NumGoroutine()
+	s := startSocket(t)
+	clients := []*socketClient{s.dial(t), s.dial(t), s.dial(t), s.dial(t)}
+	clients[1].asks(askHealth, `"ok"`)
+	clients[2].asks(`{"method":"subscribe"}`, `{"result":`)
+	clients[3].asks(`{"method":"subscribe"}`, `{"result":`)
+	clients[3].CloseWrite()
+	s.cancel()
+	await(t, "the end of the server", s.done)
+	for _, c := range clients {
+		c.ends()
+	}
+	if conn, err := net.Dial("unix", s.path); err == nil {
+		conn.Close()
+		t.Error("the socket still accepts")
+	}
+	eventually(t, "all goroutines are joined", func() error {
+		if n := runtime.NumGoroutine(); n > before {
+			return fmt.Errorf("%d goroutines, %d before", n, before)
+		}
+		return nil
+	})
+}
+
+// Ending takes no longer because of a client that does not take what it is sent.
+func TestSocketEndsDespiteSlow(t *testing.T) {
+	for _, halfClosed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("half closed %v", halfClosed), func(t *testing.T) {
+			s := startSocket(t)
+			c := s.blockedSubscriber(t)
+			if halfClosed {
+				c.CloseWrite()
+				s.dial(t).asks(askHealth, `"result"`) // time to see it
+			}
+			start := time.Now()
+			s.cancel()
+			await(t, "the end of the server", s.done)
+			if took := time.Since(start); took > writeTimeout*8/10 {
+				t.Errorf("it took %v", took)
+			}
+		})
+	}
+}
+
+func TestSocketFile(t *testing.T) {
+	path := filepath.Join(muxTempDir(t), "s")
+	for _, left := range []string{"nothing", "a dead instance's"} {
+		l, err := listenSocket(path)
+		if err != nil {
+			t.Fatalf("over %s: %v", left, err)
+		}
+		info, err := os.Lstat(path)
+		if err != nil || info.Mode() != os.ModeSocket|0o600 {
+			t.Errorf("the socket's mode is %v, %v", info.Mode(), err)
+		}
+		l.Close()
+		if _, err := os.Lstat(path); err != nil {
+			t.Errorf("it is removed by its closing alone: %v", err)
+		}
+	}
+	if err := removeSocket(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := listenSocket(path); err == nil {
+		l.Close()
+		t.Error("a file is no hindrance")
+	} else if want := path + " is in the way and no socket: remove it"; err.Error() != want {
+		t.Errorf("error %q, want %q", err, want)
+	}
+	if body, err := os.ReadFile(path); string(body) != "precious" {
+		t.Errorf("the file has %q, %v", body, err)
+	}
+	os.Remove(path)
+	if err := os.Symlink("elsewhere", path); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := listenSocket(path); err == nil {
+		l.Close()
+		t.Error("a symbolic link is no hindrance")
+	}
+	if l, err := listenSocket(filepath.Join(path, "x", "s")); err == nil {
+		l.Close()
+		t.Error("a missing directory is no hindrance")
+	}
+}
+
+// TestSocketStranger has this test again as a process of another user.
+func TestSocketStranger(t *testing.T) {
+	if os.Getenv(strangerDoes) != "" {
+		beStranger()
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("only root can start a process of another user")
+	}
+	s := startSocket(t)
+	for path, mode := range map[string]os.FileMode{filepath.Dir(s.path): 0o755, s.path: 0o666} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The same process as root is answered, so that it is the user that matters.
+	if got := newStranger(t, "ask", "0", s.path).line(); !strings.HasPrefix(got, `heard "{\"result\":{\"status\":\"ok\"`) {
+		t.Errorf("root %s", got)
+	}
+	if got := newStranger(t, "ask", "65534", s.path).line(); got != `heard ""` {
+		t.Errorf("the stranger %s", got)
+	}
+	s.dial(t).asks(askHealth, `"ok"`)
+}
+
+// The client does not talk to whoever put a socket in the instance's place.
+func TestDialInstanceStranger(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can start a process of another user")
+	}
+	for uid, want := range map[string]string{"0": "", "65534": " belongs to another user's process"} {
+		dir := muxTempDir(t)
+		if err := os.Chmod(dir, 0o777); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(dir, "s")
+		if got := newStranger(t, "listen", uid, path).line(); got != "listening" {
+			t.Fatalf("uid %s: %s", uid, got)
+		}
+		conn, err := dialInstance(path)
+		if err == nil {
+			conn.Close()
+		}
+		if want == "" && err != nil || want != "" && (err == nil || err.Error() != path+want) {
+			t.Errorf("uid %s: error %v, want %q", uid, err, want)
+		}
+	}
+}
+
+const strangerDoes = "RDHPF_TEST_STRANGER"
+
+// stranger is this test as a process of its own. It ends with its input, and so
+// with the test.
+type stranger struct {
+	t   *testing.T
+	out *bufio.Reader
+}
+
+func newStranger(t *testing.T, does, uid, path string) *stranger {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, "-test.run", "^TestSocketStranger$")
+	cmd.Env = append(os.Environ(), strangerDoes+"="+does, "RDHPF_TEST_UID="+uid, "RDHPF_TEST_SOCKET="+path)
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		cmd.Wait()
+	})
+	return &stranger{t, bufio.NewReader(out)}
+}
+
+func (s *stranger) line() string {
+	s.t.Helper()
+	line, err := s.out.ReadString('\n')
+	if err != nil {
+		s.t.Fatalf("the stranger: %v: %s", err, line)
+	}
+	return strings.TrimSuffix(line, "\n")
+}
+
+// beStranger becomes another user, does what it is there for, tells of it in a
+// line, and exits at the end of its input.
+func beStranger() {
+	fail := func(err error) {
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+	}
+	if os.Getenv("RDHPF_TEST_UID") != "0" {
+		fail(syscall.Setgid(65534))
+		fail(syscall.Setuid(65534))
+	}
+	path := os.Getenv("RDHPF_TEST_SOCKET")
+	if os.Getenv(strangerDoes) == "listen" {
+		_, err := net.Listen("unix", path)
+		fail(err)
+		fmt.Println("listening")
+	} else {
+		conn, err := net.Dial("unix", path)
+		fail(err)
+		fail(conn.SetDeadline(time.Now().Add(patience)))
+		io.WriteString(conn, askHealth+"\n") // may come too late to be taken
+		conn.(*net.UnixConn).CloseWrite()
+		heard, err := io.ReadAll(conn)
+		if err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			fail(err)
+		}
+		fmt.Printf("heard %q\n", heard)
+	}
+	io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
+}
