@@ -116,7 +116,7 @@ func (g *testRig) up() (lack string, err error) {
 			return "", fmt.Errorf("rig up printed no %s: %s", k, out)
 		}
 	}
-	g.engine = &http.Client{Timeout: patience, Transport: &http.Transport{
+	g.engine = &http.Client{Timeout: 5 * patience, Transport: &http.Transport{ // it takes seconds for a hundred ports
 		DisableKeepAlives: true, // the engine restarts in between
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
@@ -321,13 +321,14 @@ var nextPort = 24000 + os.Getpid()%800*10
 func freePorts(t *testing.T, n int) int {
 	t.Helper()
 	for tried := 0; tried < 8000; tried++ {
+		if nextPort+n > 32000 { // from 32768 on the kernel hands them out
+			nextPort = 24000
+		}
 		first, free := nextPort, 0
 		for free < n && locallyFree(first+free) {
 			free++
 		}
-		if nextPort = first + n; nextPort > 32000 {
-			nextPort = 24000
-		}
+		nextPort = first + n
 		if free == n {
 			return first
 		}
@@ -427,6 +428,7 @@ type runProc struct {
 	dir  string // RDHPF_DIR
 	args []string
 	env  []string // more of it
+	wrap []string // a command that runs the program, by exec
 
 	cmd    *exec.Cmd
 	stderr *os.File
@@ -483,7 +485,8 @@ func (p *runProc) start() {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.cmd = exec.Command(exe, p.args...)
+	argv := append(append(p.wrap[:len(p.wrap):len(p.wrap)], exe), p.args...)
+	p.cmd = exec.Command(argv[0], argv[1:]...)
 	for _, e := range os.Environ() {
 		if !strings.HasPrefix(e, "DOCKER_") && !strings.HasPrefix(e, "RDHPF_") {
 			p.cmd.Env = append(p.cmd.Env, e)
