@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errUnhealthy ends `rdhpf health` with 1; what it has to say is printed.
+// errUnhealthy ends with 1 where all there is to say is printed.
 var errUnhealthy = errors.New("not all is well")
 
 // target is the host that a command is about: host is nil where the user names
@@ -39,7 +39,7 @@ func findTarget(hostFlag string) (target, error) {
 	case err == nil:
 		return target{dir, &h}, nil
 	case hostFlag != "":
-		return target{}, err
+		return target{}, usageError{err}
 	}
 	return target{dir: dir}, nil
 }
@@ -99,9 +99,10 @@ func statusCommand(args []string) error {
 		return err
 	}
 	for _, b := range broken {
-		fmt.Fprintf(os.Stderr, "Warning: %s\n", b)
+		fmt.Fprintf(os.Stderr, "Warning: %v\n", b)
 	}
-	if len(found) == 0 {
+	mute := firstMute(broken)
+	if len(found) == 0 && mute == nil {
 		return &errNotRunning{"No running instance found. Start one with: rdhpf run -host ssh://user@host"}
 	}
 	anyRuns := false
@@ -114,8 +115,21 @@ func statusCommand(args []string) error {
 		}
 		anyRuns = out.report(r) == nil || anyRuns
 	}
-	if !anyRuns {
-		return &errNotRunning{}
+	switch {
+	case anyRuns:
+		return nil
+	case mute != nil:
+		return errUnhealthy
+	}
+	return &errNotRunning{}
+}
+
+// firstMute returns the first that concerns a live instance.
+func firstMute(broken []error) error {
+	for _, err := range broken {
+		if errors.As(err, new(errMute)) {
+			return err
+		}
 	}
 	return nil
 }
@@ -166,7 +180,7 @@ func (t target) one(ctx context.Context, waits bool) (paths, *host, error) {
 	if t.host != nil {
 		return pathsFor(t.dir, t.host.String()), t.host, nil
 	}
-	found, _, err := inspectAll(ctx, t.dir)
+	found, broken, err := inspectAll(ctx, t.dir)
 	if err != nil {
 		return paths{}, nil, err
 	}
@@ -181,6 +195,8 @@ func (t target) one(ctx context.Context, waits bool) (paths, *host, error) {
 		return pathsFor(t.dir, running[0]), nil, nil
 	case len(running) > 1:
 		return paths{}, nil, fmt.Errorf("several instances are running: choose one with -host (%s)", strings.Join(running, ", "))
+	case firstMute(broken) != nil:
+		return paths{}, nil, firstMute(broken)
 	case waits:
 		return paths{}, nil, errors.New("no instance is running yet: say which one to wait for with -host")
 	}

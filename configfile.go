@@ -12,6 +12,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"syscall"
 )
 
 const maxConfigFile = 1 << 20
@@ -21,7 +23,7 @@ const maxConfigFile = 1 << 20
 func loadConfig(dir, host string, flags config) (*config, error) {
 	path := filepath.Join(dir, "config.json")
 	c := config{bind: loopback4}
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a fifo must not hang the loop
 	if err == nil {
 		defer f.Close()
 		var body []byte
@@ -70,6 +72,7 @@ func parseConfig(body []byte, host string) (c config, err error) {
 			panic(e)
 		}
 	}()
+	r.check()
 	var all, own config
 	r.object(func(name string) {
 		if name == "hosts" {
@@ -93,10 +96,6 @@ func parseConfig(body []byte, host string) (c config, err error) {
 		}
 		r.setting(&all, name)
 	})
-	if _, err := r.dec.Token(); err != io.EOF {
-		r.at = int(r.dec.InputOffset())
-		r.fail("more after the end of the configuration")
-	}
 	return own.over(all), nil
 }
 
@@ -111,16 +110,27 @@ func (r *configReader) next() json.Token {
 		r.at++
 	}
 	t, err := r.dec.Token()
-	var syntax *json.SyntaxError
-	switch {
-	case errors.As(err, &syntax):
-		r.at = min(max(int(syntax.Offset)-1, 0), len(r.body))
+	if err != nil {
 		r.fail("%v", err)
-	case err != nil:
+	}
+	return t
+}
+
+// check sees that all of the body is one JSON value. A decoder that is asked for
+// tokens does not tell where in the body a mistake is.
+func (r *configReader) check() {
+	if json.Valid(r.body) {
+		return
+	}
+	// The byte added is what is wrong with a body that ends too soon.
+	err := json.Unmarshal(append(slices.Clip(r.body), 0), new(json.RawMessage))
+	var syntax *json.SyntaxError
+	if !errors.As(err, &syntax) || int(syntax.Offset) > len(r.body) {
 		r.at = len(r.body)
 		r.fail("it ends too soon")
 	}
-	return t
+	r.at = int(syntax.Offset) - 1
+	r.fail("%v", err)
 }
 
 func (r *configReader) expect(delim json.Delim, what string) {

@@ -166,7 +166,9 @@ func runCommand(args []string) error {
 	}
 	home, _ := os.UserHomeDir()
 	h, err := resolveHost(*hostFlag, os.Getenv, home)
-	if err != nil {
+	if err != nil && *hostFlag != "" {
+		return usageError{err}
+	} else if err != nil {
 		return err
 	}
 	dir, err := stateDir(os.Getenv, home)

@@ -40,6 +40,9 @@ func (r *runner) take(m message) error {
 		r.link.wantList()
 	case engineLost:
 		r.engineErr, r.changed = v.err, true
+		if c := &r.shown.Connection; c.State != connected {
+			c.LastError = v.err.Error()
+		}
 		r.log.Warn(fmt.Sprintf("the remote engine does not answer: %v; forwards stay as they are", v.err))
 	case portsDone:
 		for _, o := range v.done {

@@ -150,7 +150,7 @@ func lockHolder(f *os.File) (pid int, held bool, err error) {
 // lockedBy tells whether a live instance holds the lock, and its pid (0 where
 // the system does not tell). It never takes the lock.
 func lockedBy(path string) (pid int, held bool, err error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, false, nil
 	} else if err != nil {
@@ -162,7 +162,7 @@ func lockedBy(path string) (pid int, held bool, err error) {
 
 const (
 	writeEvery    = 2 * time.Second
-	writeTogether = 20 * time.Millisecond // changes that close together share a write
+	writeTogether = 20 * time.Millisecond // what changes within it after a change is in the same write
 	maxStateAge   = 10 * time.Second
 	maxStateFile  = 64 << 20
 )
@@ -187,7 +187,6 @@ func keepState(ctx context.Context, path string, b *board, troubled func(error))
 			failing = err != nil
 			troubled(err)
 		}
-		together := time.After(writeTogether)
 		last.Reset(writeEvery)
 		select {
 		case <-ctx.Done():
@@ -195,7 +194,7 @@ func keepState(ctx context.Context, path string, b *board, troubled func(error))
 		case <-next:
 			select {
 			case <-ctx.Done():
-			case <-together:
+			case <-time.After(writeTogether):
 			}
 		}
 		if ctx.Err() != nil {
@@ -283,6 +282,7 @@ func decodeState(body []byte) (snap *snapshot, warning string, err error) {
 	if err := json.Unmarshal(body, snap); err != nil {
 		return nil, "", fmt.Errorf("it is torn or no state file: %s", printable(err.Error(), maxText))
 	}
+	snap.clean()
 	if snap.Host == "" || snap.UpdatedAt.IsZero() {
 		return nil, "", errors.New("it is no state file: host or updated_at is missing")
 	}
@@ -293,7 +293,6 @@ func decodeState(body []byte) (snap *snapshot, warning string, err error) {
 	default:
 		warning = fmt.Sprintf("State file has version %q and this rdhpf knows %q; what it says may be misread.", printable(snap.Version, 20), stateVersion)
 	}
-	snap.clean()
 	return snap, warning, nil
 }
 

@@ -33,6 +33,9 @@ type errNotRunning struct{ text string }
 
 func (e *errNotRunning) Error() string { return e.text }
 
+// errMute says that there is a live instance of which nothing more is known.
+type errMute struct{ error }
+
 func notFound(host string) error {
 	return &errNotRunning{fmt.Sprintf("No running instance found for %s. Start one with: rdhpf run -host %s", host, host)}
 }
@@ -55,7 +58,7 @@ func inspect(ctx context.Context, p paths, h *host) (*report, error) {
 	}
 	r := &report{Source: "file", Running: held}
 	var unread error
-	r.snapshot, unread = r.fromFile(p.state, h, time.Now())
+	r.snapshot, unread = r.fromFile(p.state, time.Now())
 	if r.snapshot != nil {
 		if held && pid > 0 && pid != r.PID {
 			r.Stale = true
@@ -63,8 +66,10 @@ func inspect(ctx context.Context, p paths, h *host) (*report, error) {
 		}
 		return r, nil
 	}
-	if held {
-		return nil, fmt.Errorf("rdhpf (pid %d) is running and does not answer: %w", pid, errors.Join(asked, unread))
+	if held && unread != nil {
+		return nil, errMute{fmt.Errorf("rdhpf (pid %d) is running and does not answer: %w; %w", pid, asked, unread)}
+	} else if held {
+		return nil, errMute{fmt.Errorf("rdhpf (pid %d) is running and does not answer: %w", pid, asked)}
 	}
 	if h != nil {
 		if found := seenByLsof(ctx, *h); len(found) > 0 {
@@ -90,14 +95,14 @@ func warned(err error) []string {
 
 // fromFile reads the state file, and says in r how far it can be trusted. It
 // returns neither a snapshot nor an error where there is none.
-func (r *report) fromFile(path string, h *host, now time.Time) (*snapshot, error) {
+func (r *report) fromFile(path string, now time.Time) (*snapshot, error) {
 	snap, warning, err := readState(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	} else if err != nil {
 		return nil, err
 	}
-	if h != nil && snap.Host != h.String() {
+	if pathsFor(filepath.Dir(path), snap.Host).state != path {
 		return nil, fmt.Errorf("state file %s is of another host, %s", path, snap.Host)
 	}
 	if warning != "" {
@@ -189,9 +194,9 @@ var globEscapes = strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`
 
 func escapeGlob(s string) string { return globEscapes.Replace(s) }
 
-// inspectAll reports on every instance in the folder. Broken files are told as
-// warnings of none.
-func inspectAll(ctx context.Context, dir string) (found []*report, broken []string, err error) {
+// inspectAll reports on every instance in the folder. broken is what there is to
+// say of those that could not be inspected.
+func inspectAll(ctx context.Context, dir string) (found []*report, broken []error, err error) {
 	all, err := instances(dir)
 	if err != nil {
 		return nil, nil, err
@@ -199,7 +204,7 @@ func inspectAll(ctx context.Context, dir string) (found []*report, broken []stri
 	for _, p := range all {
 		switch r, err := inspect(ctx, p, nil); {
 		case err != nil:
-			broken = append(broken, err.Error())
+			broken = append(broken, err)
 		case r != nil:
 			found = append(found, r)
 		}

@@ -129,10 +129,10 @@ func printHealth(w io.Writer, h *health, now time.Time) {
 	fmt.Fprintf(w, "%s: %d active, %d conflict, %d pending; %s for %s", h.Status, h.Counts[active], h.Counts[conflict], h.Counts[pending],
 		h.Connection.State, ageText(now.Sub(h.Connection.Since)))
 	if h.Engine != "" {
-		fmt.Fprintf(w, "; %s", h.Engine)
+		fmt.Fprintf(w, "; %s", printable(h.Engine, maxText))
 	}
 	fmt.Fprintf(w, "; up %s\n", ageText(time.Duration(h.Uptime)*time.Second))
 	for _, reason := range h.Reasons {
-		fmt.Fprintf(w, "  %s\n", reason)
+		fmt.Fprintf(w, "  %s\n", printable(reason, 1000))
 	}
 }

@@ -15,7 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const pollEvery = 100 * time.Millisecond // where there is no socket to tell of changes
+const (
+	pollEvery = 100 * time.Millisecond // where there is no socket to tell of changes
+	askEvery  = 2 * time.Second        // of an instance that tells of none
+)
 
 // sight is a report, or why there is none.
 type sight struct {
@@ -55,26 +58,37 @@ func follow(ctx context.Context, p paths, h *host, out chan<- sight) {
 	}
 }
 
-// subscribe passes on what the instance tells until it ends, and says whether it
-// told anything.
+// subscribe passes on what the instance tells until it ends or does not answer,
+// and says whether it told anything.
 func subscribe(ctx context.Context, p paths, take func(*snapshot)) (told bool) {
 	conn, err := dialInstance(p.socket)
 	if err != nil {
 		return false
 	}
-	defer conn.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	if _, err := fmt.Fprintln(conn, `{"method":"subscribe"}`); err != nil {
 		return false
 	}
+	// An instance that changes nothing has to answer all the same.
+	go func() {
+		for tick := time.NewTicker(askEvery); ctx.Err() == nil; {
+			select {
+			case <-ctx.Done():
+				tick.Stop()
+			case <-tick.C:
+				fmt.Fprintln(conn, `{"method":"status"}`)
+			}
+		}
+	}()
 	dec := json.NewDecoder(conn)
-	conn.SetReadDeadline(time.Now().Add(dialTimeout))
 	for {
+		conn.SetReadDeadline(time.Now().Add(askEvery + dialTimeout))
 		snap := &snapshot{}
 		if readReply(dec, snap) != nil {
 			return told
 		}
-		conn.SetReadDeadline(time.Time{})
 		snap.clean()
 		take(snap)
 		told = true
@@ -142,14 +156,15 @@ func missingPorts(r *report, ports []uint16) (missing []string) {
 }
 
 // watchStatus prints at each change until it is interrupted. On a terminal it
-// has a screen of its own and redraws each second, for the durations.
+// has a screen of its own, on which long lines are cut, not wrapped, and redraws
+// each second, for the durations.
 func watchStatus(p paths, h *host, out printer) error {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
 	screen := isTerminal(os.Stdout) && !out.asJSON
 	if screen {
-		fmt.Fprint(out.w, "\x1b[?1049h\x1b[?25l")
-		defer fmt.Fprint(out.w, "\x1b[?25h\x1b[?1049l")
+		fmt.Fprint(out.w, "\x1b[?1049h\x1b[?25l\x1b[?7l")
+		defer fmt.Fprint(out.w, "\x1b[?7h\x1b[?25h\x1b[?1049l")
 	}
 	sights := make(chan sight)
 	go follow(ctx, p, h, sights)
