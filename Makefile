@@ -23,3 +23,8 @@ bench:
 fuzz:
 	@for f in $$(grep -ho 'func Fuzz[A-Za-z0-9]*' *_test.go | cut -d' ' -f2); do \
 		go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $${FUZZTIME:-30s} . || exit 1; done
+
+# RDHPF_SOAK=5m make soak is a shorter one, RDHPF_SOAK_SEED=N repeats one.
+soak:
+	@rig/rig install
+	RDHPF_SOAK=$${RDHPF_SOAK:-20m} go test -race -count=1 -timeout 2h -run '^TestSoak$$' -v .

@@ -487,7 +487,7 @@ var hostile = []struct {
 		c.asks(askHealth, `"ok"`)
 	}},
 	{"much in little", func(c *socketClient) {
-		c.asks(`[`+strings.Repeat("1,", maxLine/2-10)+`1]`, `over 100 in a batch`)
+		c.asks(`[`+strings.Repeat("1,", maxLine/2-10)+`1]`, `over 16 in a batch`)
 		var members strings.Builder
 		for i := 0; members.Len() < maxLine-20; i++ {
 			fmt.Fprintf(&members, `"%x":0,`, i)

@@ -1,0 +1,325 @@
+package main
+
+// The soak: random faults on the rig while containers come and go and clients
+// stream data. After every fault the engine's list, the forwards, what status
+// says and what really answers have to be the same again. RDHPF_SOAK says for
+// how long (make soak: 20m), RDHPF_SOAK_SEED repeats one.
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+const (
+	soakSlots = 8
+	soakBound = 30 * time.Second // for the invariant to be back; faults.md has what it really takes
+)
+
+type soak struct {
+	t     *testing.T
+	g     *testRig
+	p     *runProc
+	rng   *rand.Rand
+	port  int // of the first slot
+	slots [soakSlots]*box
+	began time.Time
+	took  map[string][]time.Duration // recoveries, by fault
+
+	streamed, streams atomic.Int64
+}
+
+func TestSoak(t *testing.T) {
+	length, err := time.ParseDuration(os.Getenv("RDHPF_SOAK"))
+	if err != nil {
+		t.Skip("RDHPF_SOAK does not say for how long, see make soak")
+	}
+	seed := uint64(time.Now().UnixNano())
+	if s := os.Getenv("RDHPF_SOAK_SEED"); s != "" {
+		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := &soak{t: t, g: needRig(t), rng: rand.New(rand.NewPCG(seed, 0)), began: time.Now(), took: make(map[string][]time.Duration)}
+	s.port = freePorts(t, soakSlots)
+	s.say("seed %d, for %v", seed, length)
+	s.p = startRun(t, s.g, "")
+	s.recovers("start")
+	p := s.p
+	before, master := holdingOf(t, p.cmd.Process.Pid), holdingOf(t, p.masterPid())
+	rss := rssOf(t, p.cmd.Process.Pid)
+	done := make(chan struct{})
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		s.stream(done)
+	}()
+	faults := s.faults()
+	for n := 1; time.Since(s.began) < length; n++ {
+		for range 1 + s.rng.IntN(4) {
+			s.churn()
+		}
+		f := faults[s.rng.IntN(len(faults))]
+		detail := f.do()
+		took := s.recovers(f.name)
+		s.say("%d: %s %s: back after %v", n, f.name, detail, took.Round(time.Millisecond))
+	}
+	close(done)
+	<-stopped
+	for i, b := range s.slots {
+		if b != nil {
+			b.remove()
+			s.slots[i] = nil
+		}
+	}
+	s.recovers("end")
+	if s.p == p { // else a process that is younger: what it holds at the end is compared below all the same
+		s.p.returnsTo(before, master)
+	} else {
+		s.p.returnsTo(holding{before.fds, 0, before.children}, master)
+	}
+	s.say("%d MiB streamed in %d connections; memory %d KiB at the start, %d KiB at the end", s.streamed.Load()>>20, s.streams.Load(),
+		rss, rssOf(t, s.p.cmd.Process.Pid))
+	if now := rssOf(t, s.p.cmd.Process.Pid); now > 2*rss+8<<10 {
+		t.Errorf("memory grew from %d KiB to %d KiB", rss, now)
+	}
+	var names []string
+	for name := range s.took {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		all := s.took[name]
+		slices.Sort(all)
+		s.say("%-28s %3d times, median %v, most %v", name, len(all), all[len(all)/2].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond))
+	}
+}
+
+// say prints at once: a soak that is cut short has told what it did.
+func (s *soak) say(format string, args ...any) {
+	fmt.Printf("%7.1fs %s\n", time.Since(s.began).Seconds(), fmt.Sprintf(format, args...))
+}
+
+func rssOf(t *testing.T, pid int) int {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pages, _ := strconv.Atoi(strings.Fields(string(b))[1])
+	return pages * os.Getpagesize() >> 10
+}
+
+// churn starts, ends or restarts a container.
+func (s *soak) churn() {
+	i := s.rng.IntN(soakSlots)
+	b := s.slots[i]
+	switch n := s.rng.IntN(10); {
+	case b == nil:
+		s.slots[i] = s.g.bootSpec(s.t, boxSpec{restart: "unless-stopped", ports: []boxPort{{host: s.port + i, private: 80}}})
+	case n < 4:
+		b.remove()
+		s.slots[i] = nil
+	case n < 7:
+		b.do("restart?t=0")
+	case n < 8:
+		b.do("pause")
+		b.do("unpause")
+	default:
+		b.do("kill")
+		b.do("start")
+	}
+}
+
+// stream pulls data through whatever forward there is; that a fault cuts it is
+// no failure, that a byte of it is wrong is.
+func (s *soak) stream(done <-chan struct{}) {
+	for n := 0; ; n++ {
+		select {
+		case <-done:
+			return
+		default:
+		}
+		c, err := net.DialTimeout("tcp", localAddr(s.port+n%soakSlots), time.Second)
+		if err != nil {
+			time.Sleep(20 * time.Millisecond)
+			continue
+		}
+		s.streams.Add(1)
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		fmt.Fprintf(c, "GET /bytes?n=%d HTTP/1.0\r\n\r\n", 4<<20)
+		got, _ := io.ReadAll(c)
+		c.Close()
+		if _, body, ok := bytes.Cut(got, []byte("\r\n\r\n")); ok {
+			s.streamed.Add(int64(len(body)))
+			if i := bytes.IndexFunc(body, func(r rune) bool { return r != 0 }); i >= 0 {
+				s.t.Errorf("byte %d of a stream is %d", i, body[i])
+			}
+		}
+	}
+}
+
+// recovers waits until the invariant holds, and notes how long that took.
+func (s *soak) recovers(fault string) time.Duration {
+	s.t.Helper()
+	began := time.Now()
+	for {
+		err := s.invariant()
+		took := time.Since(began)
+		if err == nil {
+			s.took[fault] = append(s.took[fault], took)
+			return took
+		}
+		if took > soakBound {
+			s.t.Fatalf("%.1fs: after %s, not within %v: %v", time.Since(s.began).Seconds(), fault, soakBound, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// invariant: what the engine lists is what is forwarded, what status says, and
+// what answers.
+func (s *soak) invariant() error {
+	var list []struct {
+		ID    string `json:"Id"`
+		Ports []struct{ PublicPort int }
+	}
+	if err := s.g.call("GET", "/containers/json", nil, &list); err != nil {
+		return err
+	}
+	listed := make(map[int]string)
+	for _, c := range list {
+		for _, p := range c.Ports {
+			if p.PublicPort != 0 {
+				listed[p.PublicPort] = c.ID[:12]
+			}
+		}
+	}
+	var snap snapshot
+	if err := call(s.p.paths().socket, "status", &snap); err != nil {
+		return err
+	}
+	if len(snap.Forwards) != len(listed) {
+		return fmt.Errorf("%d forwards, and the engine lists %d", len(snap.Forwards), len(listed))
+	}
+	for _, f := range snap.Forwards {
+		if f.Status != active || listed[int(f.LocalPort)] != f.ContainerID {
+			return fmt.Errorf("%d is %s (%s) for %s, and the engine lists %s", f.LocalPort, f.Status, f.Reason, f.ContainerID, listed[int(f.LocalPort)])
+		}
+	}
+	for i, b := range s.slots {
+		port := s.port + i
+		if b == nil {
+			if err := refused(port); err != nil {
+				return err
+			}
+		} else if err := b.answering(port); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type soakFault struct {
+	name string
+	do   func() (detail string)
+}
+
+// faults are what may happen. Each has healed, but for rdhpf's part, when it
+// returns.
+func (s *soak) faults() []soakFault {
+	seconds := func(from, to float64) time.Duration {
+		return time.Duration((from + s.rng.Float64()*(to-from)) * float64(time.Second))
+	}
+	cut := func(command, on, off string) string {
+		d := seconds(1, 25)
+		s.g.ctl(s.t, command, on)
+		s.away(d)
+		s.g.ctl(s.t, command, off)
+		return d.Round(time.Millisecond).String()
+	}
+	return []soakFault{
+		{"ssh killed", func() string { s.master(syscall.SIGKILL); return "" }},
+		{"ssh ended", func() string { s.master(syscall.SIGTERM); return "" }},
+		{"ssh stopped", func() string { s.master(syscall.SIGSTOP); return "" }},
+		{"sshd's process killed", func() string { s.g.endConnections(s.t); return "" }},
+		{"sshd's process stopped", func() string {
+			for _, pid := range children(s.g.sshd(s.t)) {
+				syscall.Kill(pid, syscall.SIGSTOP)
+				s.t.Cleanup(func() { syscall.Kill(pid, syscall.SIGKILL) })
+			}
+			return ""
+		}},
+		{"partition", func() string { return cut("partition", "on", "off") }},
+		{"link down", func() string { return cut("link", "down", "up") }},
+		{"engine restarted", func() string { s.g.ctl(s.t, "dockerd", "restart"); return "" }},
+		{"control socket removed", func() string { os.Remove(s.p.paths().control); return "" }},
+		{"rdhpf and ssh stopped", func() string {
+			d := seconds(1, 20)
+			pid, ssh := s.p.cmd.Process.Pid, s.p.masterPid()
+			syscall.Kill(pid, syscall.SIGSTOP)
+			syscall.Kill(ssh, syscall.SIGSTOP)
+			s.away(d)
+			syscall.Kill(ssh, syscall.SIGCONT)
+			syscall.Kill(pid, syscall.SIGCONT)
+			return d.Round(time.Millisecond).String()
+		}},
+		{"rdhpf killed, started again", func() string {
+			s.p.signal(syscall.SIGKILL)
+			s.p.exits(-1)
+			s.p = s.p.another()
+			s.p.start()
+			return ""
+		}},
+		{"local port taken", func() string {
+			i := s.rng.IntN(soakSlots)
+			if s.slots[i] != nil {
+				s.slots[i].do("kill")
+				refuses(s.t, s.port+i)
+			}
+			l, err := net.Listen("tcp", localAddr(s.port+i))
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			if s.slots[i] != nil {
+				s.slots[i].do("start")
+			}
+			d := seconds(0, 5)
+			s.away(d)
+			l.Close()
+			return d.Round(time.Millisecond).String()
+		}},
+		{"nothing but churn", func() string { return "" }},
+	}
+}
+
+// away lets time pass in which containers come and go.
+func (s *soak) away(d time.Duration) {
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		s.churn()
+		time.Sleep(min(time.Until(end), time.Duration(s.rng.IntN(3000))*time.Millisecond))
+	}
+}
+
+// master signals the run's ssh, once there is one.
+func (s *soak) master(sig syscall.Signal) {
+	eventually(s.t, "there is an ssh", func() error {
+		for _, pid := range children(s.p.cmd.Process.Pid) {
+			if strings.Contains(cmdline(pid), " -M ") {
+				return syscall.Kill(pid, sig)
+			}
+		}
+		return errors.New("there is none")
+	})
+}
