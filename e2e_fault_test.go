@@ -88,6 +88,7 @@ func TestE2EForwardingForbidden(t *testing.T) {
 		if _, err := httpGet(port); err == nil {
 			t.Error("a forbidden forward answers")
 		}
+		p.becomes(port, pending, reasonRefused)
 	})
 	t.Run("all but one", func(t *testing.T) {
 		const allowed = 18080 // by the rig
@@ -98,6 +99,8 @@ func TestE2EForwardingForbidden(t *testing.T) {
 		p := startRun(t, g, "-permitopen")
 		no, yes := g.boot(t, port), g.boot(t, allowed)
 		yes.answers(allowed)
+		p.becomes(allowed, active, "")
+		p.becomes(port, pending, reasonRefused)
 		line := p.waitLine(refusal)
 		if !strings.Contains(line, no.who()) {
 			t.Errorf("%q does not name %s", line, no.who())
@@ -378,4 +381,36 @@ func TestE2EPartition(t *testing.T) {
 			p.leftNothing()
 		})
 	}
+}
+
+// A port below 1024 without the right to it.
+func TestE2EPrivilegedPort(t *testing.T) {
+	needTool(t, "setpriv")
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start"); err != nil || strings.TrimSpace(string(b)) != "1024" {
+		t.Skipf("this machine lets everybody bind ports from %s", b)
+	}
+	g := needRig(t)
+	low := 0
+	for p := 1000; p > 600 && low == 0; p-- {
+		if locallyFree(p) {
+			low = p
+		}
+	}
+	port := freePorts(t, 2)
+	b := g.bootSpec(t, boxSpec{ports: []boxPort{{host: low, private: 80}, {host: port, private: 80}}})
+	p := newRun(t, g, "")
+	p.wrap = []string{"setpriv", "--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service"}
+	p.start()
+	want := fmt.Sprintf("bind: permission denied (ports below 1024 need root: map it with -map %d=%d)", low, 8000+low)
+	p.waitLine(want)
+	p.becomes(low, conflict, want)
+	b.answers(port)
+	p.signal(syscall.SIGTERM)
+	p.exits(0)
+	// What it advises works.
+	next := p.another()
+	next.args = append(next.args, "-map", fmt.Sprintf("%d=%d", low, port+1))
+	next.wrap = p.wrap
+	next.start()
+	b.answers(port + 1)
 }

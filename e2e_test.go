@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -75,8 +76,10 @@ func TestE2EPauseKeepsTheForward(t *testing.T) {
 	other := freePorts(t, 1)
 	g.boot(t, other).answers(other)
 	dialEcho(t, port) // fails unless the port is still open
+	p.becomes(port, pending, "container paused")
 	b.do("unpause")
 	b.answers(port)
+	p.becomes(port, active, "")
 	p.never("closed")
 }
 
@@ -173,8 +176,18 @@ func TestE2ETwoWantOnePort(t *testing.T) {
 	if err := a.answering(port); err != nil {
 		t.Errorf("the first one: %v", err)
 	}
+	var reasons []string
+	for _, f := range p.status().Forwards {
+		if int(f.LocalPort) == port && f.Status == conflict {
+			reasons = append(reasons, f.Reason)
+		}
+	}
+	if len(reasons) != 1 || !strings.Contains(reasons[0], a.who()) {
+		t.Errorf("conflicts: %q, want one that names %s", reasons, a.who())
+	}
 	a.do("kill")
 	b.answers(port)
+	p.becomes(port, active, "")
 }
 
 func TestE2ENothingToForward(t *testing.T) {
@@ -198,6 +211,19 @@ func TestE2ENothingToForward(t *testing.T) {
 		p.never("→ " + b.who())
 	}
 	p.never("warning")
+	var skipped []string
+	for _, s := range p.status().Skipped {
+		skipped = append(skipped, fmt.Sprintf("%s %d/%s: %s", s.Name, s.Port, s.Protocol, s.Reason))
+	}
+	slices.Sort(skipped)
+	want := []string{
+		fmt.Sprintf("%s %d/udp: SSH carries TCP only", boxes[0].name, port),
+		fmt.Sprintf("%s 0/tcp: host network: the container publishes no ports", boxes[1].name),
+	}
+	slices.Sort(want)
+	if !slices.Equal(skipped, want) {
+		t.Errorf("skipped %q, want %q", skipped, want)
+	}
 }
 
 // docker's proxy accepts for a container in which nobody listens.
@@ -212,7 +238,10 @@ func TestE2ENobodyListens(t *testing.T) {
 	if _, err := httpGet(port); err == nil {
 		t.Errorf("%s answers", none.name)
 	}
+	p.becomes(port+1, pending, "port not responding")
 	late.answers(port + 1)
+	p.becomes(port+1, active, "")
+	p.becomes(port, pending, "port not responding")
 }
 
 func TestE2EDockerHost(t *testing.T) {
@@ -329,6 +358,23 @@ func TestE2ECleanStop(t *testing.T) {
 		p.exits(0)
 		p.leftNothing()
 	})
+	t.Run("twice", func(t *testing.T) {
+		port := freePorts(t, 1)
+		p := startRun(t, g, "")
+		g.boot(t, port).answers(port)
+		// A stopped ssh takes a second to get rid of.
+		syscall.Kill(p.masterPid(), syscall.SIGSTOP)
+		p.signal(syscall.SIGINT)
+		eventually(t, "the first signal is heard", func() error {
+			if call(p.paths().socket, "health", new(health)) == nil {
+				return errors.New("the socket answers")
+			}
+			return nil
+		})
+		p.signal(syscall.SIGINT)
+		p.exits(-1)
+		p.leftNothingBut(true)
+	})
 	t.Run("nobody reads stderr any more", func(t *testing.T) {
 		p := startRun(t, g, "")
 		port := freePorts(t, 1)
@@ -372,7 +418,7 @@ func TestE2ESecondInstance(t *testing.T) {
 
 func TestE2ETwoStartedTogether(t *testing.T) {
 	g := needRig(t)
-	for i := range 20 {
+	for i := range 50 {
 		a := newRun(t, g, "")
 		b := a.another()
 		a.start()
@@ -390,7 +436,9 @@ func TestE2ETwoStartedTogether(t *testing.T) {
 		if want := fmt.Sprintf("pid %d", winner.cmd.Process.Pid); !strings.Contains(loser.log(), want) {
 			t.Errorf("%d: the loser says %q, want %q", i, loser.log(), want)
 		}
-		winner.waitLine("connected to ")
+		if i%10 == 0 {
+			winner.waitLine("connected to ")
+		}
 		winner.signal(syscall.SIGTERM)
 		winner.exits(0)
 		winner.leftNothing()

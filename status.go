@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -179,20 +180,18 @@ func instances(dir string) ([]paths, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	locks, err := filepath.Glob(filepath.Join(escapeGlob(dir), "*.lock"))
+	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("looking for instances: %w", err)
 	}
 	var all []paths
-	for _, lock := range locks {
-		all = append(all, pathsAt(dir, strings.TrimSuffix(lock, ".lock")))
+	for _, e := range entries {
+		if base, ok := strings.CutSuffix(e.Name(), ".lock"); ok {
+			all = append(all, pathsAt(dir, filepath.Join(dir, base)))
+		}
 	}
 	return all, nil
 }
-
-var globEscapes = strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`)
-
-func escapeGlob(s string) string { return globEscapes.Replace(s) }
 
 // inspectAll reports on every instance in the folder. broken is what there is to
 // say of those that could not be inspected.
