@@ -397,7 +397,7 @@ func TestE2EPrivilegedPort(t *testing.T) {
 		}
 	}
 	port := freePorts(t, 2)
-	b := g.bootSpec(t, boxSpec{ports: []boxPort{{host: low, private: 80}, {host: port, private: 80}}})
+	below, b := g.boot(t, low), g.boot(t, port)
 	p := newRun(t, g, "")
 	p.wrap = []string{"setpriv", "--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service"}
 	p.start()
@@ -412,5 +412,5 @@ func TestE2EPrivilegedPort(t *testing.T) {
 	next.args = append(next.args, "-map", fmt.Sprintf("%d=%d", low, port+1))
 	next.wrap = p.wrap
 	next.start()
-	b.answers(port + 1)
+	below.answers(port + 1)
 }

@@ -12,6 +12,8 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -251,6 +253,25 @@ func TestE2EDockerHost(t *testing.T) {
 	p.args, p.env = []string{"run"}, []string{"DOCKER_HOST=ssh://" + p.host}
 	p.start()
 	p.waitLine("connected to ")
+	g.boot(t, port).answers(port)
+}
+
+// Where there is no docker on the remote host, podman serves. Here it is a
+// stand-in that has docker do it: the rig has one engine.
+func TestE2EPodman(t *testing.T) {
+	g := needRig(t)
+	docker, err := exec.LookPath("docker")
+	if err != nil {
+		t.Fatal(err)
+	}
+	podman := filepath.Join(g.env["RIG_DIR"], "nodocker", "podman")
+	script := fmt.Sprintf("#!/bin/sh\n[ \"$*\" = 'system dial-stdio' ] && exec %s --host=unix://%s system dial-stdio\n", docker, g.env["RIG_DOCKER"])
+	if err := os.WriteFile(podman, []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.Remove(podman) })
+	port := freePorts(t, 1)
+	startRun(t, g, "-nodocker")
 	g.boot(t, port).answers(port)
 }
 

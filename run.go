@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"runtime"
 	"sync"
 	"time"
 
@@ -40,6 +41,7 @@ func run(ctx context.Context, o runOptions) error {
 	if err := p.check(); err != nil {
 		return err
 	}
+	runtime.GOMAXPROCS(1) // there is little to do, and each further one costs memory
 	ssh, err := findSSH()
 	if err != nil {
 		return err

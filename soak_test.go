@@ -24,7 +24,7 @@ import (
 
 const (
 	soakSlots = 8
-	soakBound = 30 * time.Second // for the invariant to be back; faults.md has what it really takes
+	soakBound = readyTimeout + 20*time.Second // for the invariant to be back: ssh may be stopped while it connects
 )
 
 type soak struct {
@@ -264,7 +264,17 @@ func (s *soak) faults() []soakFault {
 		{"partition", func() string { return cut("partition", "on", "off") }},
 		{"link down", func() string { return cut("link", "down", "up") }},
 		{"engine restarted", func() string { s.g.ctl(s.t, "dockerd", "restart"); return "" }},
-		{"control socket removed", func() string { os.Remove(s.p.paths().control); return "" }},
+		{"control socket removed", func() string {
+			before := s.p.status().Connection.Reconnects
+			os.Remove(s.p.paths().control)
+			eventually(s.t, "that is noticed", func() error { // all works on meanwhile
+				if s.p.status().Connection.Reconnects == before {
+					return errors.New("it is not")
+				}
+				return nil
+			})
+			return ""
+		}},
 		{"rdhpf and ssh stopped", func() string {
 			d := seconds(1, 20)
 			pid, ssh := s.p.cmd.Process.Pid, s.p.masterPid()

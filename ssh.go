@@ -11,8 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"regexp"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,7 +20,7 @@ import (
 
 const (
 	connectTimeout = 8 * time.Second  // for TCP and the server's banner, by ssh itself
-	readyTimeout   = 40 * time.Second // for all of it, jumps and authentication included
+	readyTimeout   = 30 * time.Second // for all of it, jumps and authentication included
 	readyPoll      = 2 * time.Millisecond
 	stopTimeout    = time.Second // from SIGTERM to SIGKILL
 	muxTimeout     = 5 * time.Second
@@ -34,8 +32,6 @@ type sshProgram struct {
 	major, minor int
 }
 
-var sshVersion = regexp.MustCompile(`OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)`)
-
 // findSSH looks for ssh on PATH and asks for its version.
 func findSSH() (sshProgram, error) {
 	path, err := exec.LookPath("ssh")
@@ -46,13 +42,11 @@ func findSSH() (sshProgram, error) {
 	if err != nil {
 		return sshProgram{}, fmt.Errorf("running %s -V: %w", path, err)
 	}
-	m := sshVersion.FindSubmatch(out)
-	if m == nil {
+	p := sshProgram{path: path}
+	_, version, _ := strings.Cut(string(out), "OpenSSH_") // "9.2p1 Debian-2, …"
+	if _, err := fmt.Sscanf(version, "%d.%d", &p.major, &p.minor); err != nil {
 		return sshProgram{}, fmt.Errorf("%s is not OpenSSH: it says %q", path, printable(string(out), maxText))
 	}
-	p := sshProgram{path: path}
-	p.major, _ = strconv.Atoi(string(m[1]))
-	p.minor, _ = strconv.Atoi(string(m[2]))
 	return p, nil
 }
 

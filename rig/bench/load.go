@@ -192,7 +192,12 @@ func (b *bench) idle() ([]row, error) {
 			ofRun = m
 		}
 	}
+	status, err := f.statusCost("status, 20 forwards", 1.5)
+	if err != nil {
+		return nil, f.explain(err)
+	}
 	return []row{
+		status,
 		memoryRow("memory, 20 forwards", ofRun, 10<<20),
 		memoryRow("memory with its ssh, 20 forwards", sum, 16<<20),
 		{figure: "CPU idle with its ssh, 20 forwards", n: 1, median: fmt.Sprintf("%.3f %%", share),

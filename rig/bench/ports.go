@@ -133,6 +133,7 @@ func (b *bench) thousandPorts() ([]row, error) {
 	}
 	var took, cold samples
 	var last memory
+	var status row
 	for range b.times(3) {
 		time.Sleep(time.Second)
 		began := time.Now()
@@ -148,6 +149,9 @@ func (b *bench) thousandPorts() ([]row, error) {
 		if err == nil {
 			err = allAnswer(all)
 		}
+		if err == nil {
+			status, err = f.statusCost("status, 1,000 forwards", 3)
+		}
 		connected := f.connected
 		f.stop()
 		if err != nil {
@@ -161,7 +165,7 @@ func (b *bench) thousandPorts() ([]row, error) {
 	open.note = "From the line that says connected, which comes with the first list, to a thousand listeners."
 	mem := memoryRow("memory, 1,000 forwards", last, 40<<20)
 	mem.note = fmt.Sprintf("The peak was %s.", mib(last.peak))
-	return []row{open, mem}, nil
+	return []row{open, mem, status}, nil
 }
 
 // allListen waits until rdhpf is connected and all ports have a listener.

@@ -18,8 +18,9 @@ import (
 
 // forwarder is a running rdhpf.
 type forwarder struct {
-	b   *bench
-	cmd *exec.Cmd
+	b    *bench
+	host string // its -host
+	cmd  *exec.Cmd
 
 	mu        sync.Mutex
 	said      []string
@@ -30,7 +31,7 @@ type forwarder struct {
 
 // run starts an rdhpf for one of the rig's aliases and does not wait.
 func (b *bench) run(alias string) (*forwarder, error) {
-	f := &forwarder{b: b, up: make(chan struct{}), read: make(chan struct{}),
+	f := &forwarder{b: b, host: alias, up: make(chan struct{}), read: make(chan struct{}),
 		cmd: exec.Command(b.tmp+"/rdhpf", "run", "-host", alias)}
 	f.cmd.Env = append(os.Environ(), "RDHPF_DIR="+b.tmp+"/state", "PATH="+b.env["RIG_BIN"]+":"+os.Getenv("PATH"))
 	r, w, err := os.Pipe()
@@ -123,4 +124,40 @@ func (b *bench) plainForward(remotePort string) (*plain, error) {
 func (p *plain) stop() {
 	p.stdin.Close()
 	p.b.finish(p.cmd, syscall.SIGTERM)
+}
+
+// statusCost compares `rdhpf status` with `rdhpf version`, the least that a
+// command can take.
+func (f *forwarder) statusCost(figure string, goal float64) (row, error) {
+	run := func(args ...string) (time.Duration, error) {
+		cmd := exec.Command(f.cmd.Path, args...)
+		cmd.Env = f.cmd.Env
+		return timed(func() error {
+			if out, err := cmd.CombinedOutput(); err != nil {
+				return fmt.Errorf("%v: %w: %s", args, err, out)
+			}
+			return nil
+		})
+	}
+	var status, version samples
+	var ratios []float64
+	for i := range f.b.times(30) + 1 {
+		s, err := run("status", "-host", f.host)
+		if err != nil {
+			return row{}, err
+		}
+		v, err := run("version")
+		if err != nil {
+			return row{}, err
+		}
+		if i > 0 { // the first is to warm up
+			status.add(s)
+			version.add(v)
+			ratios = append(ratios, float64(s)/float64(v))
+		}
+	}
+	ratio := median(ratios)
+	return row{figure: figure, n: len(status), median: ms(status.median()), p90: ms(status.p90()),
+		reference: ms(version.median()) + " (rdhpf version)", relation: fmt.Sprintf("%.2f ×", ratio),
+		goal: fmt.Sprintf("≤ %.1f ×", goal), met: ratio <= goal}, nil
 }
