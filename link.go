@@ -27,9 +27,12 @@ type (
 	}
 	eventsFollowed struct{}
 	engineEvent    struct{ event }
-	engineLost     struct{ err error }
-	portsDone      struct{ done []outcome }
-	probed         struct {
+	engineLost     struct {
+		events bool // they are not followed; else there is no list
+		err    error
+	}
+	portsDone struct{ done []outcome }
+	probed    struct {
 		action
 		result probeResult
 	}
@@ -173,7 +176,7 @@ func (l *link) keep(ctx context.Context, m *master, socket string, must bool, wo
 		}
 		if failures++; failures > 1 && !told && !errors.Is(err, errMaster) {
 			told = true
-			l.send(engineLost{err})
+			l.send(engineLost{!must, err})
 		}
 		select {
 		case <-ctx.Done():

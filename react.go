@@ -3,6 +3,7 @@ package main
 // react.go: what the loop in run.go makes of what it is told.
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,6 +27,7 @@ func (r *runner) take(m message) error {
 	case eventsFollowed:
 		clear(r.state.died) // a start may have been missed
 		r.proven = true
+		r.engineBack(&r.eventsErr)
 		r.link.wantList()
 		r.listDue = now.Add(settleAfter)
 	case engineEvent:
@@ -39,7 +41,15 @@ func (r *runner) take(m message) error {
 		r.shown.LastEventAt, r.changed = &at, true
 		r.link.wantList()
 	case engineLost:
-		r.engineErr, r.changed = v.err, true
+		known := cmp.Or(r.listErr, r.eventsErr) != nil
+		if r.changed = true; v.events {
+			r.eventsErr = v.err
+		} else {
+			r.listErr = v.err
+		}
+		if known {
+			break
+		}
 		if c := &r.shown.Connection; c.State != connected {
 			c.LastError = v.err.Error()
 		}
@@ -139,14 +149,24 @@ func (r *runner) listed(now time.Time, v listTaken) {
 	case r.shown.Connection.State != connected:
 		r.shown.Connection.Reconnects++
 		r.log.Info(fmt.Sprintf("connected to %s again after %s", r.host, now.Sub(r.shown.Connection.Since).Round(100*time.Millisecond)))
-	case r.engineErr != nil:
-		r.log.Info("the remote engine answers again")
 	}
-	if r.connection(now, connected) || r.engineErr != nil || r.shown.Engine != v.server {
+	r.engineBack(&r.listErr)
+	if r.connection(now, connected) || r.shown.Engine != v.server {
 		r.shown.Engine, r.changed = v.server, true
 	}
-	r.everUp, r.lastErr, r.engineErr = true, nil, nil
+	r.everUp, r.lastErr = true, nil
 	r.state.listed(now, v.list)
+}
+
+// engineBack takes it that the engine does again what it failed to do.
+func (r *runner) engineBack(failed *error) {
+	if *failed == nil {
+		return
+	}
+	*failed, r.changed = nil, true
+	if cmp.Or(r.listErr, r.eventsErr) == nil {
+		r.log.Info("the remote engine answers again")
+	}
 }
 
 // connection notes the state of the connection, and says whether it is new.
@@ -180,7 +200,7 @@ func (r *runner) down(now time.Time, err error) error {
 	if errors.As(err, &e) && e.stubborn {
 		delay = stubbornDelay
 	}
-	r.link, r.master, r.queue, r.wakeBy, r.engineErr = nil, nil, nil, time.Time{}, nil
+	r.link, r.master, r.queue, r.wakeBy, r.listErr, r.eventsErr = nil, nil, nil, time.Time{}, nil, nil
 	if r.everUp {
 		r.connection(now, reconnecting)
 	}

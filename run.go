@@ -4,6 +4,7 @@ package main
 // every goroutine, takes what they tell, and waits for all of them at the end.
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -114,7 +115,8 @@ type runner struct {
 	lastTick time.Time
 
 	shown     snapshot // what is the same in all snapshots, and the connection's part
-	engineErr error    // why the engine does not answer, though there is a connection
+	listErr   error    // why the engine lists nothing, though there is a connection
+	eventsErr error    // why events are not followed, though there is a connection
 	fileErr   error    // why the state file cannot be written
 	changed   bool     // something of these has changed
 	waiting   []func() // for all that is under way to be done
@@ -141,8 +143,8 @@ func newRunner(o runOptions, p paths, ssh sshProgram, cfg *config) *runner {
 func (r *runner) snapshot() *snapshot {
 	snap := r.shown
 	snap.Warnings = []string{}
-	if r.engineErr != nil {
-		snap.Warnings = append(snap.Warnings, "the remote engine does not answer: "+r.engineErr.Error())
+	if err := cmp.Or(r.listErr, r.eventsErr); err != nil {
+		snap.Warnings = append(snap.Warnings, "the remote engine does not answer: "+err.Error())
 	}
 	if r.fileErr != nil {
 		snap.Warnings = append(snap.Warnings, "the state file cannot be written: "+r.fileErr.Error())

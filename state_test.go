@@ -738,7 +738,7 @@ func TestStartsMissed(t *testing.T) {
 			}
 		}
 	}
-	tell(engineLost{errors.New("restarting")})
+	tell(engineLost{err: errors.New("restarting")})
 	tell(eventsFollowed{})
 	tell(listTaken{list: []container{web}})
 	if r.listDue.IsZero() || time.Until(r.listDue) > 2*time.Second {
