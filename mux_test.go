@@ -566,8 +566,9 @@ func testMuxLeaks(t *testing.T, path string) {
 		if err := s.Close(); err != nil {
 			t.Error(err)
 		}
-		if _, err := s.wait(muxPatience); err == nil {
-			t.Error("wait after Close knows how the command ended")
+		// Whether the end was still heard of is chance; that there is no more to wait for is not.
+		if _, err := s.wait(muxPatience); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error("wait after Close waits")
 		}
 		muxEventually(t, "the command ends", func() bool { return syscall.Kill(pid, 0) == syscall.ESRCH })
 	}
