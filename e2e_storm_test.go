@@ -209,18 +209,21 @@ func TestE2EFiveHundredConnections(t *testing.T) {
 	g := needRig(t)
 	port := freePorts(t, 1)
 	b := g.boot(t, port, "-mode", "echo")
-	p := startRun(t, g, "")
+	p := startRun(t, g, "", "-log-level", "debug")
 	p.becomes(port, active, "")
 	before, master := holdingOf(t, p.cmd.Process.Pid), holdingOf(t, p.masterPid())
 	const conns = 500
 	ready := make(chan struct{})
 	errs := make(chan error, conns)
+	connecting := make(chan struct{}, 64) // ssh listens with a backlog of 128
 	var dialled sync.WaitGroup
 	dialled.Add(conns)
 	for i := 0; i < conns; i++ {
 		go func() {
 			errs <- func() error {
+				connecting <- struct{}{}
 				c, err := net.Dial("tcp", localAddr(port))
+				<-connecting
 				dialled.Done()
 				if err != nil {
 					return err

@@ -40,6 +40,7 @@ func (r *runner) take(m message) error {
 		at := utc(now)
 		r.shown.LastEventAt, r.changed = &at, true
 		r.link.wantList()
+		r.listDue = now.Add(settleAfter)
 	case engineLost:
 		known := cmp.Or(r.listErr, r.eventsErr) != nil
 		if r.changed = true; v.events {

@@ -21,7 +21,7 @@ const (
 	tickEvery     = 2 * time.Second
 	sleptAfter    = 10 * time.Second     // more than this between ticks: the machine slept
 	wakeDeadline  = 3 * time.Second      // for the engine to answer after that
-	settleAfter   = time.Second          // after subscribing: an event may have fallen between
+	settleAfter   = time.Second          // to list once more: an engine may tell of a change before it lists it
 	stubbornDelay = time.Minute          // where only a person can mend it
 	steadyAfter   = 30 * time.Second     // up that long, failures are forgotten
 	probePace     = 2 * time.Millisecond // between probes: many at once would hold up users

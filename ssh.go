@@ -188,8 +188,10 @@ func (m *master) readStderr(r *os.File, debug func(string)) {
 			continue
 		}
 		debug(text)
-		if strings.Contains(text, "administratively prohibited") {
-			m.prohibited.Add(1)
+		if strings.HasPrefix(text, "channel ") { // one connection's trouble is not the master's
+			if strings.Contains(text, "administratively prohibited") {
+				m.prohibited.Add(1)
+			}
 			continue
 		}
 		m.mu.Lock()
