@@ -1,7 +1,7 @@
 package main
 
-// statefile.go: the files of an instance: their paths, the folder they live in,
-// the lock that makes an instance the only one for its host, and the state file.
+// statefile.go: the files of an instance: their paths, the folder they live in
+// and the state file.
 
 import (
 	"bytes"
@@ -19,8 +19,6 @@ import (
 	"slices"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // paths are the files of the instance for one host.
@@ -97,67 +95,6 @@ func checkDir(dir string) error {
 		return fmt.Errorf("%s is open to other users (mode %04o): run chmod 700 %s", dir, info.Mode().Perm(), dir)
 	}
 	return nil
-}
-
-// heldError says that another live process has the lock. pid is 0 where the
-// system does not tell.
-type heldError struct{ pid int }
-
-func (e *heldError) Error() string {
-	if e.pid <= 0 {
-		return "another rdhpf is running for this host"
-	}
-	return fmt.Sprintf("another rdhpf is running for this host: pid %d", e.pid)
-}
-
-// lockInstance takes the lock for the life of the process. The file is never
-// renamed nor removed. It is a lock of the process, so nothing in this process
-// may open the file a second time: closing that would release it.
-func lockInstance(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("opening the instance lock: %w", err)
-	}
-	for {
-		err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
-		if err == nil {
-			return f, nil
-		}
-		held := false
-		var pid int
-		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
-			if pid, held, err = lockHolder(f); err == nil && !held {
-				continue // it ended just now
-			}
-		}
-		f.Close()
-		if held {
-			return nil, &heldError{pid}
-		}
-		return nil, fmt.Errorf("locking %s: %w", path, err)
-	}
-}
-
-// lockHolder asks the kernel who holds the lock, without ever taking it.
-func lockHolder(f *os.File) (pid int, held bool, err error) {
-	lock := unix.Flock_t{Type: unix.F_RDLCK}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_GETLK, &lock); err != nil {
-		return 0, false, fmt.Errorf("asking who holds %s: %w", f.Name(), err)
-	}
-	return int(lock.Pid), lock.Type != unix.F_UNLCK, nil
-}
-
-// lockedBy tells whether a live instance holds the lock, and its pid (0 where
-// the system does not tell). It never takes the lock.
-func lockedBy(path string) (pid int, held bool, err error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return 0, false, nil
-	} else if err != nil {
-		return 0, false, fmt.Errorf("looking at the instance lock: %w", err)
-	}
-	defer f.Close()
-	return lockHolder(f)
 }
 
 const (
