@@ -18,10 +18,11 @@ import (
 type heldError struct{ pid int }
 
 func (e *heldError) Error() string {
-	if e.pid <= 0 {
-		return "another rdhpf is running for this host"
+	s := "another rdhpf is running for this host"
+	if e.pid > 0 {
+		s += fmt.Sprintf(": pid %d", e.pid)
 	}
-	return fmt.Sprintf("another rdhpf is running for this host: pid %d", e.pid)
+	return s + " (rdhpf status shows what it does, rdhpf stop ends it)"
 }
 
 // lockInstance takes the lock for the life of the process. The file is never

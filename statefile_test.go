@@ -409,8 +409,9 @@ func TestLockRefuses(t *testing.T) {
 }
 
 func TestHeldError(t *testing.T) {
-	for pid, want := range map[int]string{4242: "another rdhpf is running for this host: pid 4242",
-		0: "another rdhpf is running for this host", -1: "another rdhpf is running for this host"} {
+	const ways = " (rdhpf status shows what it does, rdhpf stop ends it)"
+	for pid, want := range map[int]string{4242: "another rdhpf is running for this host: pid 4242" + ways,
+		0: "another rdhpf is running for this host" + ways, -1: "another rdhpf is running for this host" + ways} {
 		if got := (&heldError{pid}).Error(); got != want {
 			t.Errorf("pid %d: %q, want %q", pid, got, want)
 		}
