@@ -936,6 +936,9 @@ func startTestMaster(t *testing.T, sshd *testSSHD, extraArgs ...string) *testMas
 	muxEventually(t, "the ssh master answers", func() bool {
 		select {
 		case <-done:
+			if os.Geteuid() != 0 && strings.Contains(m.log.String(), "Permission denied (") {
+				t.Skipf("an sshd of this user's own does not let it in: %s", sshd.log) // locked, or without a shell
+			}
 			t.Fatalf("the ssh master ended: %s\nsshd: %s", m.log, sshd.log)
 		default:
 		}
