@@ -4,20 +4,32 @@ Rdhpf makes the ports that containers publish on a remote Docker host answer on
 
 Usage:
 
-	rdhpf run [-host HOST] [-bind ADDR] [-retry] [-log-level LEVEL] [-log-format text|json]
+	rdhpf run [-host HOST] [-map PUBLISHED=LOCAL,…] [-skip PORTS] [-only PORTS] [-bind ADDR]
+	          [-retry] [-log-level debug|info|warn|error] [-log-format text|json]
+	rdhpf status [-host HOST] [-wide] [-json] [-watch]
+	rdhpf status [-host HOST] -wait TIME [PORT…]
+	rdhpf health | pause | resume | reload | stop [-host HOST] [-json]
 	rdhpf version
 
 HOST is ssh://[user@]host[:port][/path/to/docker.sock], user@host, or an alias of
 ssh_config. Without it rdhpf takes what docker would: DOCKER_HOST, DOCKER_CONTEXT
 or the current context.
 
-Rdhpf keeps one connection of the ssh that you have, with your ssh_config, keys
+Run keeps one connection of the ssh that you have, with your ssh_config, keys
 and agent; it never asks for a password. It forwards every published TCP port of
-every running container, and goes on until it is interrupted. Its files are in
-~/.rdhpf, or where RDHPF_DIR says.
+every running container to the same port of 127.0.0.1, or to what -map says, and
+goes on until it is interrupted. Reload reads the same settings from config.json.
 
-It exits with 0 when all was well, 1 after a failure, 2 when it was called
-wrongly.
+Status tells, from another shell, what is forwarded and why something is not. It
+asks the running instance, else reads what it wrote last, else looks with lsof
+for an ssh that listens. Health exits with 0 only when all is well. Pause closes
+all local ports and keeps the connection, resume opens them again.
+
+Files are in ~/.rdhpf, or where RDHPF_DIR says, and private to you. The socket
+there speaks JSON-RPC, see docs/protocol.md.
+
+Rdhpf exits with 0 when all was well, 1 after a failure, 2 when it was called
+wrongly, 3 when there is no live instance to tell of.
 */
 package main
 
