@@ -52,13 +52,14 @@ func findSSH() (sshProgram, error) {
 
 // args are the master's arguments. The user's ssh_config applies but for what
 // would make it no foreground master that listens for nobody but us; host keys
-// are never its or our business.
+// are never its or our business. A link is given up after 9 s of silence: TCP's
+// own retries come too far apart by then to be back soon after it heals.
 func (p sshProgram) args(h host, control string) []string {
 	options := []string{
 		"ControlMaster=yes", "ControlPersist=no", "BatchMode=yes", "ClearAllForwardings=yes",
 		"ExitOnForwardFailure=no", "GatewayPorts=no", "RemoteCommand=none", "RequestTTY=no", "Tunnel=no",
 		"PermitLocalCommand=no", "ForwardAgent=no", "ForwardX11=no", "VisualHostKey=no", "LogLevel=INFO",
-		fmt.Sprintf("ConnectTimeout=%d", connectTimeout/time.Second), "ServerAliveInterval=5", "ServerAliveCountMax=2",
+		fmt.Sprintf("ConnectTimeout=%d", connectTimeout/time.Second), "ServerAliveInterval=3", "ServerAliveCountMax=2",
 	}
 	if p.major > 8 || p.major == 8 && p.minor >= 7 {
 		options = append(options, "ForkAfterAuthentication=no")
