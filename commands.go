@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -87,6 +88,7 @@ func statusCommand(args []string) error {
 		}
 		return watchStatus(p, h, out)
 	}
+	debug.SetGCPercent(-1) // it is over before garbage would matter
 	if t.host != nil {
 		r, err := inspect(ctx, pathsFor(t.dir, t.host.String()), t.host)
 		if err != nil {

@@ -165,58 +165,60 @@ func rpcParseRequest(v json.RawMessage) (*rpcRequest, *rpcError) {
 	return req, nil
 }
 
-// answer builds the answer to a request in its dialect.
+// answer builds the answer to a request in its dialect. A result that is JSON
+// already is taken as it is: a long one is not read again.
 func (req *rpcRequest) answer(result any, failed *rpcError) []byte {
-	var v any
-	var id json.RawMessage = []byte("null")
-	if req.id != nil {
-		id = req.id
+	id := req.id
+	if id == nil {
+		id = json.RawMessage("null")
 	}
 	switch {
 	case req.dialect == dialectTwo && failed != nil:
-		v = struct {
-			JSONRPC string          `json:"jsonrpc"`
-			Error   *rpcError       `json:"error"`
-			ID      json.RawMessage `json:"id"`
-		}{dialectTwo, failed, id}
+		return join(`{"jsonrpc":"2.0","error":`, mustJSON(failed), `,"id":`, id, `}`)
 	case req.dialect == dialectTwo:
-		v = struct {
-			JSONRPC string          `json:"jsonrpc"`
-			Result  any             `json:"result"`
-			ID      json.RawMessage `json:"id"`
-		}{dialectTwo, result, id}
-	default:
-		// net/rpc takes an error that is a string, and no other.
-		var message *string
-		if failed != nil {
-			message = &failed.Message
-		}
-		v = struct {
-			ID     json.RawMessage `json:"id,omitempty"`
-			Result any             `json:"result"`
-			Error  *string         `json:"error"`
-		}{req.id, result, message}
+		return join(`{"jsonrpc":"2.0","result":`, rawJSON(result), `,"id":`, id, `}`)
 	}
-	return mustJSON(v)
+	head, message := `{"result":`, json.RawMessage("null")
+	if req.id != nil {
+		head = `{"id":` + string(id) + `,"result":`
+	}
+	if failed != nil { // net/rpc takes an error that is a string, and no other
+		message = mustJSON(failed.Message)
+	}
+	return join(head, rawJSON(result), `,"error":`, message, `}`)
 }
 
 // notification builds one of the lines that follow the answer to a subscribe.
 func (req *rpcRequest) notification(status any) []byte {
 	switch req.dialect {
 	case dialectTwo:
-		return mustJSON(struct {
-			JSONRPC string `json:"jsonrpc"`
-			Method  string `json:"method"`
-			Params  any    `json:"params"`
-		}{dialectTwo, noticeOfState, status})
+		return join(`{"jsonrpc":"2.0","method":"`+noticeOfState+`","params":`, rawJSON(status), `}`)
 	case dialectOne:
-		return mustJSON(struct {
-			ID     *int   `json:"id"`
-			Method string `json:"method"`
-			Params []any  `json:"params"`
-		}{nil, noticeOfState, []any{status}})
+		return join(`{"id":null,"method":"`+noticeOfState+`","params":[`, rawJSON(status), `]}`)
 	}
 	return req.answer(status, nil)
+}
+
+// join joins texts and JSON into one line.
+func join(parts ...any) (line []byte) {
+	for _, p := range parts {
+		switch p := p.(type) {
+		case string:
+			line = append(line, p...)
+		case json.RawMessage:
+			line = append(line, p...)
+		case []byte:
+			line = append(line, p...)
+		}
+	}
+	return line
+}
+
+func rawJSON(v any) json.RawMessage {
+	if raw, ok := v.(json.RawMessage); ok {
+		return raw
+	}
+	return mustJSON(v)
 }
 
 // mustJSON marshals what was made here, and so can be.

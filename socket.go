@@ -186,11 +186,12 @@ func (s *server) handle(ctx context.Context, c *client, req *rpcRequest) (result
 	default:
 		return nil, nil, &rpcError{rpcNoMethod, "Method not found"}
 	}
-	snap, next := s.board.look()
 	switch req.method {
 	case "status":
-		return snap.at(time.Now()), nil, nil
+		status, _ := s.board.lookJSON(time.Now())
+		return status, nil, nil
 	case "health":
+		snap, _ := s.board.look()
 		return snap.health(time.Now()), nil, nil
 	case "stop":
 		return map[string]bool{"stopping": true}, s.stop, nil
@@ -199,7 +200,8 @@ func (s *server) handle(ctx context.Context, c *client, req *rpcRequest) (result
 			return nil, nil, &rpcError{rpcInvalid, "Invalid Request: one subscribe a connection, and none in a batch"}
 		}
 		c.subscribed = true
-		return snap.at(time.Now()), func() { s.follow(ctx, c, req, next) }, nil
+		status, next := s.board.lookJSON(time.Now())
+		return status, func() { s.follow(ctx, c, req, next) }, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
@@ -218,9 +220,9 @@ func (s *server) follow(ctx context.Context, c *client, req *rpcRequest, next <-
 			return
 		case <-next:
 		}
-		var snap *snapshot
-		snap, next = s.board.look()
-		if c.send(req.notification(snap.at(time.Now()))) != nil {
+		var status json.RawMessage
+		status, next = s.board.lookJSON(time.Now())
+		if c.send(req.notification(status)) != nil {
 			c.end() // the reader too
 			return
 		}
@@ -241,12 +243,6 @@ func dialInstance(path string) (*net.UnixConn, error) {
 	return uc, nil
 }
 
-// rpcReply is an answer in the plain dialect.
-type rpcReply struct {
-	Result json.RawMessage `json:"result"`
-	Error  *string         `json:"error"`
-}
-
 // call asks a running instance and decodes its answer into result.
 func call(path, method string, result any) error {
 	conn, err := dialInstance(path)
@@ -264,14 +260,17 @@ func call(path, method string, result any) error {
 	return readReply(json.NewDecoder(conn), result)
 }
 
-// readReply reads one answer.
+// readReply reads one answer in the plain dialect into result, a pointer.
 func readReply(dec *json.Decoder, result any) error {
-	var reply rpcReply
+	reply := struct {
+		Result any     `json:"result"`
+		Error  *string `json:"error"`
+	}{Result: result}
 	if err := dec.Decode(&reply); err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
 	}
 	if reply.Error != nil {
 		return errors.New(printable(*reply.Error, 1000))
 	}
-	return json.Unmarshal(reply.Result, result)
+	return nil
 }

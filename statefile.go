@@ -149,13 +149,14 @@ func encodeState(snap *snapshot) []byte {
 	return append(body, '\n')
 }
 
-// redate changes updated_at, whose first occurrence is the file's own. It saves
-// encoding all that is the same as 2 s ago.
+// redate returns body with another updated_at, whose first occurrence is the
+// snapshot's own. It saves encoding all that is the same.
 func redate(body []byte, now time.Time) []byte {
-	const field = `"updated_at": `
-	head, rest, _ := bytes.Cut(body, []byte(field))
+	field := []byte(`"updated_at":`)
+	head, rest, _ := bytes.Cut(body, field)
+	space, _, _ := bytes.Cut(rest, []byte(`"`))
 	_, tail, _ := bytes.Cut(rest, []byte(","))
-	return slices.Concat(head, []byte(field), mustJSON(utc(now)), []byte(","), tail)
+	return slices.Concat(head, field, space, mustJSON(utc(now)), []byte(","), tail)
 }
 
 // writeState replaces the file as a whole, or leaves it as it was. Only the
