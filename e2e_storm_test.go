@@ -116,6 +116,10 @@ func TestE2EThousandForwards(t *testing.T) {
 	const boxes, each = 10, 100 // an engine takes its time for each port
 	port := freePorts(t, boxes*each)
 	p := startRun(t, g, "")
+	first := g.boot(t, port) // that it is seen shows that events are followed
+	p.becomes(port, active, "")
+	first.remove()
+	refuses(t, port)
 	before, master := holdingOf(t, p.cmd.Process.Pid), holdingOf(t, p.masterPid())
 	var all []*box
 	for b := 0; b < boxes; b++ {

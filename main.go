@@ -189,13 +189,13 @@ func runCommand(args []string) error {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	go stopOnSignal(stop)
+	stopOnSignal(stop)
 	log := newLogger(os.Stderr, level, *format, func(error) { stop() })
 	return run(ctx, runOptions{host: h, dir: dir, flags: flags, retry: *retry, log: log})
 }
 
-// stopOnSignal calls stop at the first signal and ends the process at the
-// second.
+// stopOnSignal has stop called at the first signal and the process ended at the
+// second. From its return on no signal ends the process without a cleanup.
 func stopOnSignal(stop func()) {
 	// Without this a write to a closed stderr would kill us before we clean up.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
@@ -205,9 +205,11 @@ func stopOnSignal(stop func()) {
 			signal.Notify(c, sig)
 		}
 	}
-	<-c
-	stop()
-	sig := <-c
-	signal.Reset(sig)
-	syscall.Kill(os.Getpid(), sig.(syscall.Signal))
+	go func() {
+		<-c
+		stop()
+		sig := <-c
+		signal.Reset(sig)
+		syscall.Kill(os.Getpid(), sig.(syscall.Signal))
+	}()
 }
