@@ -7,6 +7,7 @@ package main
 import (
 	"fmt"
 	"net/netip"
+	"strconv"
 	"time"
 )
 
@@ -81,6 +82,9 @@ func (s *state) show(snap *snapshot) {
 
 // local is the local end as a person writes it.
 func (f *forwardInfo) local() string {
+	if f.LocalAddress == "127.0.0.1" { // by far the most
+		return "127.0.0.1:" + strconv.Itoa(int(f.LocalPort))
+	}
 	return netip.AddrPortFrom(addrOf(f.LocalAddress), f.LocalPort).String()
 }
 

@@ -257,16 +257,20 @@ func call(path, method string, result any) error {
 	if _, err := fmt.Fprintf(conn, `{"method":%q,"params":{}}`+"\n", method); err != nil {
 		return err
 	}
-	return readReply(json.NewDecoder(conn), result)
+	return readReply(bufio.NewReaderSize(conn, 1<<20), result)
 }
 
 // readReply reads one answer in the plain dialect into result, a pointer.
-func readReply(dec *json.Decoder, result any) error {
+func readReply(r *bufio.Reader, result any) error {
 	reply := struct {
 		Result any     `json:"result"`
 		Error  *string `json:"error"`
 	}{Result: result}
-	if err := dec.Decode(&reply); err != nil {
+	line, err := r.ReadBytes('\n')
+	if err == nil {
+		err = json.Unmarshal(line, &reply)
+	}
+	if err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
 	}
 	if reply.Error != nil {

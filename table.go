@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -34,39 +35,45 @@ func printTable(w io.Writer, r *report, now time.Time, style tableStyle) {
 	}
 	var b strings.Builder
 	for n, row := range rows {
+		blanks := 0 // put off, for none end a line
 		for i, cell := range row {
-			gap := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell)+3)
 			if i == len(row)-1 {
-				gap = ""
+				cell = strings.TrimRight(cell, " ")
 			}
-			if colour := statusColour[cell]; i == 3 && n > 0 && style.colour && colour != "" {
+			if cell == "" {
+				blanks += widths[i] + 3
+				continue
+			}
+			b.WriteString(strings.Repeat(" ", blanks))
+			blanks = widths[i] - utf8.RuneCountInString(cell) + 3
+			if colour := statusColour[cell]; style.colour && i == 3 && n > 0 && colour != "" {
 				cell = colour + cell + "\x1b[0m"
 			}
-			b.WriteString(cell + gap)
+			b.WriteString(cell)
 		}
-		fmt.Fprintln(w, strings.TrimRight(b.String(), " "))
-		b.Reset()
+		b.WriteByte('\n')
 		if n == 0 {
 			total := -3
 			for _, width := range widths {
 				total += width + 3
 			}
-			fmt.Fprintln(w, strings.Repeat("-", total))
+			b.WriteString(strings.Repeat("-", total) + "\n")
 		}
 	}
+	io.WriteString(w, b.String())
 	printRemarks(w, r, now)
 }
 
 func row(f *forwardInfo, now time.Time, wide bool) []string {
 	remote, port := "-", "-"
 	if f.RemotePort != 0 {
-		remote = fmt.Sprint(f.RemotePort)
-		if ip := addrOf(f.RemoteAddress); ip != loopback4 {
+		remote = strconv.Itoa(int(f.RemotePort))
+		if f.RemoteAddress != "127.0.0.1" && addrOf(f.RemoteAddress) != loopback4 {
 			remote = (&forwardInfo{LocalAddress: f.RemoteAddress, LocalPort: f.RemotePort}).local()
 		}
 	}
 	if f.ContainerPort != 0 {
-		port = fmt.Sprint(f.ContainerPort)
+		port = strconv.Itoa(int(f.ContainerPort))
 	}
 	duration := "-"
 	if !f.CreatedAt.IsZero() {

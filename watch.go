@@ -3,8 +3,8 @@ package main
 // watch.go: status over time: `rdhpf status -watch` and -wait.
 
 import (
+	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -82,11 +82,11 @@ func subscribe(ctx context.Context, p paths, take func(*snapshot)) (told bool) {
 			}
 		}
 	}()
-	dec := json.NewDecoder(conn)
+	lines := bufio.NewReader(conn)
 	for {
 		conn.SetReadDeadline(time.Now().Add(askEvery + dialTimeout))
 		snap := &snapshot{}
-		if readReply(dec, snap) != nil {
+		if readReply(lines, snap) != nil {
 			return told
 		}
 		snap.clean()
