@@ -266,9 +266,13 @@ func readReply(r *bufio.Reader, result any) error {
 		Result any     `json:"result"`
 		Error  *string `json:"error"`
 	}{Result: result}
-	line, err := r.ReadBytes('\n')
+	line, err := r.ReadString('\n')
 	if err == nil {
-		err = json.Unmarshal(line, &reply)
+		if snap, ok := result.(*snapshot); ok {
+			err = unmarshalSnapshot(line, &reply, snap)
+		} else {
+			err = json.Unmarshal([]byte(line), &reply)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("reading the answer: %w", err)

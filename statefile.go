@@ -217,7 +217,7 @@ func readState(path string) (snap *snapshot, warning string, err error) {
 // decodeState decodes and checks a state file; fields it does not know are fine.
 func decodeState(body []byte) (snap *snapshot, warning string, err error) {
 	snap = &snapshot{}
-	if err := json.Unmarshal(body, snap); err != nil {
+	if err := unmarshalSnapshot(string(body), snap, snap); err != nil {
 		return nil, "", fmt.Errorf("it is torn or no state file: %s", printable(err.Error(), maxText))
 	}
 	snap.clean()
