@@ -14,8 +14,10 @@ import (
 )
 
 const (
-	maxContainer = 20000 // containers in one list
-	maxText      = 200   // runes of a name that are kept
+	maxContainer = 20000   // containers in one list
+	maxPublished = 100_000 // ports that they publish
+	maxOne       = 1 << 20 // bytes of one of them, which take some ten times that in memory
+	maxText      = 200     // runes of a name that are kept
 )
 
 // decodeEvent returns the event and whether it is one that matters: health
@@ -48,15 +50,21 @@ func decodeEvent(line []byte) (event, bool) {
 
 // decodeList decodes the answer to /containers/json, a container at a time, so
 // that a long list costs no more than what is kept of it.
-func decodeList(r io.Reader) ([]container, error) {
-	dec := json.NewDecoder(r)
+func decodeList(r io.Reader) (list []container, err error) {
+	part := &io.LimitedReader{R: r, N: maxOne}
+	defer func() {
+		if err != nil && part.N == 0 {
+			err = fmt.Errorf("a container in it is over %d bytes long", maxOne)
+		}
+	}()
+	dec := json.NewDecoder(part)
 	if t, err := dec.Token(); err != nil {
 		return nil, unexpectedEOF(err)
 	} else if t != json.Delim('[') {
 		return nil, errors.New("it is no JSON array")
 	}
-	list := []container{}
-	for dec.More() {
+	list = []container{}
+	for published := 0; dec.More(); part.N = maxOne {
 		var raw rawContainer
 		if err := dec.Decode(&raw); err != nil {
 			return nil, unexpectedEOF(err)
@@ -66,6 +74,9 @@ func decodeList(r io.Reader) ([]container, error) {
 		}
 		if c, ok := raw.container(); ok {
 			list = append(list, c)
+			if published += len(c.ports); published > maxPublished {
+				return nil, fmt.Errorf("it has more than %d published ports", maxPublished)
+			}
 		}
 	}
 	if _, err := dec.Token(); err != nil {
@@ -115,7 +126,7 @@ func (raw *rawContainer) container() (container, bool) {
 		}
 	}
 	for _, p := range raw.Ports {
-		if p.PublicPort < 0 || p.PublicPort > 65535 || p.PrivatePort < 0 || p.PrivatePort > 65535 {
+		if p.PublicPort <= 0 || p.PublicPort > 65535 || p.PrivatePort < 0 || p.PrivatePort > 65535 {
 			continue
 		}
 		q := port{private: uint16(p.PrivatePort), public: uint16(p.PublicPort), proto: printable(strings.ToLower(p.Type), 8)}

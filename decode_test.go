@@ -56,7 +56,7 @@ func TestDecodeList(t *testing.T) {
 			{"PrivatePort":443,"Type":"tcp"},{"IP":"127.0.0.1","PrivatePort":53,"PublicPort":5353,"Type":"udp"}],
 			"Labels":{"com.docker.compose.project":"proj","com.docker.compose.service":"web"},"State":"running","Status":"Up 3 minutes",
 			"HostConfig":{"NetworkMode":"proj_default"},"NetworkSettings":{"Networks":{"proj_default":{"IPAMConfig":null,"Links":null,"IPAddress":"172.18.0.2"}}},"Mounts":[]}]`,
-			id + " proj-web-1 image=nginx:1.27 service=web 0.0.0.0:8080->80/tcp :::8080->80/tcp 0.0.0.0:0->443/tcp 127.0.0.1:5353->53/udp"},
+			id + " proj-web-1 image=nginx:1.27 service=web 0.0.0.0:8080->80/tcp :::8080->80/tcp 127.0.0.1:5353->53/udp"},
 		{"paused", one(`,"Names":["/web"],"State":"paused"`), id + " web paused"},
 		{"not running", one(`,"Names":["/web"],"State":"exited"`), ""},
 		{"host network", one(`,"Names":["/web"],"State":"running","Ports":[],"HostConfig":{"NetworkMode":"host"}`), id + " web host"},
@@ -114,6 +114,9 @@ func TestDecodeListRefuses(t *testing.T) {
 		{"a port that is none", `[{"Id":"` + idLong + `","Ports":[{"PublicPort":"80"}]}]`, "cannot unmarshal"},
 		{"a port beyond all bounds", `[{"Id":"` + idLong + `","Ports":[{"PublicPort":99999999999999999999}]}]`, "cannot unmarshal"},
 		{"too many", "[" + strings.Repeat(`{"Id":"`+idLong+`"},`, maxContainer) + `{}]`, "more than"},
+		{"too many ports", `[{"Id":"` + idLong + `","Ports":[` + strings.Repeat(`{"PublicPort":1},`, maxOne/20) + `{}]},` +
+			`{"Id":"` + idLong + `","Ports":[` + strings.Repeat(`{"PublicPort":1},`, maxOne/20) + `{}]}]`, "published ports"},
+		{"one without an end", `[{"Id":"` + idLong + `"},{"Ports":[` + strings.Repeat(`{},`, maxOne), "a container in it is over 1048576 bytes long"},
 		{"too deep", "[" + strings.Repeat("[", 20000), "max depth"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

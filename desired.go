@@ -21,8 +21,7 @@ type container struct {
 	ports   []port
 }
 
-// port is one row of the list's Ports. public is 0 for a port that is exposed
-// but not published.
+// port is one row of the list's Ports, of those that are published.
 type port struct {
 	ip      netip.Addr // as published; the zero Addr where what the engine sent is none
 	private uint16
@@ -76,8 +75,6 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 		}
 		for _, p := range c.ports {
 			switch {
-			case p.public == 0:
-				continue // exposed only
 			case p.proto != "tcp":
 				if !twin(c.ports, p) {
 					skip(p, "SSH carries TCP only")

@@ -36,7 +36,6 @@ func TestDesired(t *testing.T) {
 		{name: "IPv6 loopback", list: []container{with(idA, p("::1", 8080, "tcp"))}, wants: "8080>[::1]:8080 na"},
 		{name: "one IPv6 address", list: []container{with(idA, p("2001:db8::1", 8080, "tcp"))}, wants: "8080>[2001:db8::1]:8080 na"},
 		{name: "random ports differ", list: []container{with(idA, p("0.0.0.0", 32768, "tcp"), p("::", 32769, "tcp"))}, wants: "32768 na; 32769>[::1]:32769 na"},
-		{name: "exposed only", list: []container{with(idA, p("", 0, "tcp"), p("0.0.0.0", 0, "udp"))}},
 		{name: "UDP and SCTP, once", list: []container{with(idA, p("0.0.0.0", 53, "udp"), p("::", 53, "udp"), p("::", 54, "sctp"))},
 			skipped: "na 53/udp " + tooLittle + "; na 54/sctp " + tooLittle},
 		{name: "UDP and TCP of one number", list: []container{with(idA, p("0.0.0.0", 53, "udp"), p("0.0.0.0", 53, "tcp"))},

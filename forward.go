@@ -125,7 +125,7 @@ func (m *master) serve(ctx context.Context, batches <-chan []action, report func
 			}
 			report(done)
 		case <-tick.C:
-			if m.replaced() {
+			if replaced(m.control, m.socket) {
 				return fmt.Errorf("somebody removed or replaced %s", m.control)
 			}
 			if _, err := conn.alive(muxTimeout); err != nil {

@@ -156,11 +156,15 @@ func (l *link) keepFollowing(ctx context.Context, m *master, socket string, list
 func (l *link) keep(ctx context.Context, m *master, socket string, must bool, work func(e *engine, worked func()) error) error {
 	worked, told := false, false
 	for failures := 0; ; {
-		began := time.Now()
+		var since time.Time // when it began to work
 		e, err := dialEngine(m.control, socket, listTimeout)
 		if err == nil {
 			stop := context.AfterFunc(ctx, func() { e.Close() })
-			err = work(e, func() { worked, told = true, false })
+			err = work(e, func() {
+				if worked, told = true, false; since.IsZero() {
+					since = time.Now()
+				}
+			})
 			stop()
 			e.Close()
 		}
@@ -171,7 +175,7 @@ func (l *link) keep(ctx context.Context, m *master, socket string, must bool, wo
 		if l.first && !worked && (must || errors.As(err, &refused)) {
 			return err
 		}
-		if time.Since(began) > steadyEngine {
+		if !since.IsZero() && time.Since(since) > steadyEngine {
 			failures = 0
 		}
 		if failures++; failures > 1 && !told && !errors.Is(err, errMaster) {

@@ -64,7 +64,7 @@ func TestProtocolTranscripts(t *testing.T) {
 	s := startSocket(t)
 	var h host
 	h.name = "example.com"
-	r := newRunner(runOptions{host: h, dir: t.TempDir(), log: slog.New(slog.NewTextHandler(io.Discard, nil))}, paths{}, sshProgram{}, &config{bind: loopback4})
+	r := newRunner(runOptions{host: h, dir: t.TempDir(), log: slog.New(slog.NewTextHandler(io.Discard, nil))}, paths{}, sshProgram{}, nil, &config{bind: loopback4})
 	s.ask = func(_ context.Context, method string) (any, error) {
 		s.askMu.Lock()
 		defer s.askMu.Unlock()

@@ -38,6 +38,10 @@ func TestMain(m *testing.M) {
 		main()
 		os.Exit(0)
 	}
+	if does := os.Getenv("RDHPF_TEST_ENGINE"); does != "" {
+		beHostileEngine(does)
+		os.Exit(0)
+	}
 	code := m.Run()
 	if theRig.name != "" {
 		if out, err := exec.Command("rig/rig", "down", theRig.name).CombinedOutput(); err != nil {

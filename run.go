@@ -54,22 +54,24 @@ func run(ctx context.Context, o runOptions) error {
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
 	cfg, err := loadConfig(o.dir, o.host.String(), o.flags)
 	if err != nil {
+		lock.Close()
 		return err
 	}
-	r := newRunner(o, p, ssh, cfg)
+	r := newRunner(o, p, ssh, lock, cfg)
+	defer func() { r.lock.Close() }()
 	r.warnBind(cfg)
 	l, err := listenSocket(p.socket)
 	if err != nil {
 		return fmt.Errorf("making the socket for rdhpf status: %w", err)
 	}
-	defer removeSocket(p.socket)
 	ctx, quit := context.WithCancel(ctx)
 	defer r.wg.Wait()
 	defer quit()
-	r.start(func() { (&server{board: r.board, ask: r.ask, stop: quit}).serve(ctx, l) })
+	r.start(func() {
+		(&server{board: r.board, ask: r.ask, stop: quit, warn: func(s string) { o.log.Warn(s) }}).serve(ctx, l)
+	})
 	r.start(func() {
 		keepState(ctx, p.state, r.board, func(err error) { r.send(ctx, anyGen, fileTrouble{err}) })
 	})
@@ -94,6 +96,7 @@ type runner struct {
 	runOptions
 	paths paths
 	ssh   sshProgram
+	lock  *os.File
 	board *board // anybody may look
 	state *state
 	msgs  chan message // to the loop, from everybody
@@ -131,9 +134,9 @@ type message struct {
 // anyGen marks a message that has nothing to do with a link.
 const anyGen = -1
 
-func newRunner(o runOptions, p paths, ssh sshProgram, cfg *config) *runner {
+func newRunner(o runOptions, p paths, ssh sshProgram, lock *os.File, cfg *config) *runner {
 	now := utc(time.Now())
-	r := &runner{runOptions: o, paths: p, ssh: ssh, state: newState(cfg, raiseFileLimit()), msgs: make(chan message, 64)}
+	r := &runner{runOptions: o, paths: p, ssh: ssh, lock: lock, state: newState(cfg, raiseFileLimit()), msgs: make(chan message, 64)}
 	r.shown = snapshot{Version: stateVersion, Host: o.host.String(), PID: os.Getpid(), StartedAt: now,
 		Connection: connection{State: connecting, Since: now}}
 	r.board = newBoard(r.snapshot())
@@ -216,6 +219,9 @@ func (r *runner) loop(ctx context.Context) error {
 		case <-alarm.C:
 			r.ring(time.Now())
 		case <-tick.C:
+			if err := r.keepLock(); err != nil {
+				return err
+			}
 			r.tick(time.Now())
 		}
 	}

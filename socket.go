@@ -1,8 +1,7 @@
 package main
 
-// socket.go: the unix socket on which a running instance answers, and the
-// client's end of it. What is read is answered from the board; only what changes
-// something goes to the loop.
+// socket.go: the unix socket on which a running instance answers. What is read is
+// answered from the board; only what changes something goes to the loop.
 
 import (
 	"bufio"
@@ -23,6 +22,7 @@ const (
 	writeTimeout  = 10 * time.Second // for a client to take an answer
 	callTimeout   = 10 * time.Second // for the loop to do what was asked for
 	dialTimeout   = 2 * time.Second  // for an instance to answer `rdhpf status`
+	lookEvery     = 2 * time.Second  // whether the socket is still where it was
 )
 
 // server answers on the socket. All of it ends with the context given to serve.
@@ -30,6 +30,7 @@ type server struct {
 	board *board
 	ask   func(ctx context.Context, method string) (any, error) // has the loop do something
 	stop  func()                                                // ends the instance
+	warn  func(string)
 
 	mu    sync.Mutex
 	conns map[*client]bool
@@ -62,25 +63,51 @@ func listenSocket(path string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// serve answers until ctx ends, then ends all connections and waits for them.
+// serve answers until ctx ends, then ends all connections, waits for them and
+// removes the socket. Where somebody removed or replaced that, it makes it anew.
 func (s *server) serve(ctx context.Context, l *net.UnixListener) {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	defer context.AfterFunc(ctx, func() { l.Close() })()
 	s.conns = make(map[*client]bool)
+	path := l.Addr().String()
+	closeAtEnd := func(l *net.UnixListener) (undo func() bool) { return context.AfterFunc(ctx, func() { l.Close() }) }
+	undo := closeAtEnd(l)
+	made, _ := os.Lstat(path)
+	trouble := ""
 	for {
+		l.SetDeadline(time.Now().Add(lookEvery))
 		conn, err := l.AcceptUnix()
-		if errors.Is(err, net.ErrClosed) {
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			if !replaced(path, made) {
+				removeSocket(path)
+			}
 			return
-		} else if err != nil { // out of file descriptors: others may close theirs
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(100 * time.Millisecond):
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			if !replaced(path, made) {
 				continue
 			}
+			another, err := listenSocket(path)
+			switch {
+			case err == nil:
+				s.warn(fmt.Sprintf("somebody removed or replaced %s: made again", path))
+				undo()
+				l.Close()
+				l, undo, trouble = another, closeAtEnd(another), ""
+				made, _ = os.Lstat(path)
+			case err.Error() != trouble:
+				trouble = err.Error()
+				s.warn(fmt.Sprintf("rdhpf status finds no socket: %s", trouble))
+			}
+			continue
+		case err != nil: // out of file descriptors: others may close theirs
+			select {
+			case <-ctx.Done():
+			case <-time.After(100 * time.Millisecond):
+			}
+			continue
 		}
 		if !allowed(conn) {
 			conn.Close()
@@ -227,58 +254,4 @@ func (s *server) follow(ctx context.Context, c *client, req *rpcRequest, next <-
 			return
 		}
 	}
-}
-
-// dialInstance connects to a running instance, which must be ours or root's.
-func dialInstance(path string) (*net.UnixConn, error) {
-	conn, err := (&net.Dialer{Timeout: dialTimeout}).Dial("unix", path)
-	if err != nil {
-		return nil, err
-	}
-	uc := conn.(*net.UnixConn)
-	if !allowed(uc) {
-		uc.Close()
-		return nil, fmt.Errorf("%s belongs to another user's process", path)
-	}
-	return uc, nil
-}
-
-// call asks a running instance and decodes its answer into result.
-func call(path, method string, result any) error {
-	conn, err := dialInstance(path)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(dialTimeout + callTimeout))
-	if method == "status" || method == "health" {
-		conn.SetDeadline(time.Now().Add(dialTimeout))
-	}
-	if _, err := fmt.Fprintf(conn, `{"method":%q,"params":{}}`+"\n", method); err != nil {
-		return err
-	}
-	return readReply(bufio.NewReaderSize(conn, 1<<20), result)
-}
-
-// readReply reads one answer in the plain dialect into result, a pointer.
-func readReply(r *bufio.Reader, result any) error {
-	reply := struct {
-		Result any     `json:"result"`
-		Error  *string `json:"error"`
-	}{Result: result}
-	line, err := r.ReadString('\n')
-	if err == nil {
-		if snap, ok := result.(*snapshot); ok {
-			err = unmarshalSnapshot(line, &reply, snap)
-		} else {
-			err = json.Unmarshal([]byte(line), &reply)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("reading the answer: %w", err)
-	}
-	if reply.Error != nil {
-		return errors.New(printable(*reply.Error, 1000))
-	}
-	return nil
 }

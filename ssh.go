@@ -170,11 +170,10 @@ func (m *master) awaitReady(ctx context.Context) error {
 	}
 }
 
-// replaced says whether the control socket is no longer the one that the master
-// made.
-func (m *master) replaced() bool {
-	info, err := os.Lstat(m.control)
-	return err != nil || !os.SameFile(info, m.socket)
+// replaced says whether what is at path is no longer what was made there.
+func replaced(path string, made os.FileInfo) bool {
+	info, err := os.Lstat(path)
+	return err != nil || !os.SameFile(info, made)
 }
 
 func (m *master) readStderr(r *os.File, debug func(string)) {
@@ -243,7 +242,7 @@ func (m *master) stop() {
 		m.signal(syscall.SIGKILL)
 		<-m.done
 	}
-	if m.socket == nil || !m.replaced() {
+	if m.socket == nil || !replaced(m.control, m.socket) {
 		removeSocket(m.control)
 	}
 }

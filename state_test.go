@@ -718,7 +718,7 @@ func TestStateNoteAttrs(t *testing.T) {
 // subscription are the truth.
 func TestStartsMissed(t *testing.T) {
 	web := ctr(idA, "web", "8080")
-	r := newRunner(runOptions{log: slog.New(slog.NewTextHandler(io.Discard, nil))}, paths{}, sshProgram{}, plainConfig())
+	r := newRunner(runOptions{log: slog.New(slog.NewTextHandler(io.Discard, nil))}, paths{}, sshProgram{}, nil, plainConfig())
 	r.link = &link{relist: make(chan struct{}, 1)}
 	tell := func(what any) {
 		t.Helper()
