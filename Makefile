@@ -1,6 +1,6 @@
 # What people and CI run. The rig is a disposable remote Docker host, see rig/README.md.
 
-.PHONY: build test demo bench soak fuzz
+.PHONY: build test demo bench faults soak fuzz
 
 build:
 	go build -trimpath -o rdhpf .
@@ -19,6 +19,12 @@ demo:
 bench:
 	@rig/rig install
 	go run ./rig/bench
+
+# Every fault FAULTS times over (20), and how long rdhpf took to recover: what
+# happened, how often, median, most. It takes an hour or three.
+faults:
+	@rig/rig install
+	go test -race -count=$${FAULTS:-20} -timeout 12h -run '^TestE2E' -v . | grep -E '^(---|    ---|\||FAIL|ok)'
 
 fuzz:
 	@for f in $$(grep -ho 'func Fuzz[A-Za-z0-9]*' *_test.go | cut -d' ' -f2); do \

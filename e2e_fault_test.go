@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func TestE2EFirstStartFails(t *testing.T) {
@@ -33,6 +34,7 @@ func TestE2EFirstStartFails(t *testing.T) {
 		{"-onesession", []string{"the SSH server opens no further session", "MaxSessions"}},
 	}
 	runs := make([]*runProc, len(cases))
+	began := time.Now()
 	for i, c := range cases { // all at once, for some take seconds
 		runs[i] = newRun(t, g, c.suffix)
 		runs[i].start()
@@ -43,6 +45,9 @@ func TestE2EFirstStartFails(t *testing.T) {
 		go func() {
 			defer all.Done()
 			p.exits(1)
+			if strings.HasSuffix(p.host, "-silent") {
+				took("no SSH banner: given up", began)
+			}
 		}()
 	}
 	all.Wait()
@@ -192,8 +197,10 @@ func TestE2EStaleControlSocket(t *testing.T) {
 			port := freePorts(t, 1)
 			p := newRun(t, g, "")
 			check := c.make(t, p.paths().control)
+			began := time.Now()
 			p.start()
 			p.waitLine("connected to ")
+			took("stale control socket, "+c.name+": connected", began)
 			g.boot(t, port).answers(port)
 			if check != nil {
 				check()
@@ -223,12 +230,14 @@ func TestE2EControlSocketUnlinked(t *testing.T) {
 	b := g.boot(t, port)
 	p := startRun(t, g, "")
 	b.answers(port)
+	removed := time.Now()
 	if err := os.Remove(p.paths().control); err != nil {
 		t.Fatal(err)
 	}
 	p.waitLine("connection lost: ")
 	p.waitLine("connected to ssh://" + p.host + " again")
 	b.answers(port)
+	took("control socket unlinked: it answers again", removed)
 	g.boot(t, port+1).answers(port + 1)
 }
 
@@ -261,10 +270,12 @@ func TestE2EReconnect(t *testing.T) {
 			p := startRun(t, g, "")
 			b.answers(port)
 			old := p.masterPid()
+			cut := time.Now()
 			c.cut(t, p)
 			p.waitLine("warning: connection lost: ")
 			p.waitLine("connected to ssh://" + p.host + " again")
 			b.answers(port)
+			took(c.name+": it answers again", cut)
 			if p.masterPid() == old {
 				t.Error("the old ssh is still the master")
 			}
@@ -310,9 +321,11 @@ func TestE2EKilled(t *testing.T) {
 	p := startRun(t, g, "")
 	b.answers(port)
 	c := dialEcho(t, port)
+	killed := time.Now()
 	p.signal(syscall.SIGKILL)
 	p.exits(-1)
 	refuses(t, port)
+	took("rdhpf killed: its ports are free", killed)
 	c.Read(make([]byte, 1)) // returns, for nobody holds the other end
 	eventually(t, "ssh is gone", func() error {
 		for _, pid := range pids() {
@@ -323,9 +336,11 @@ func TestE2EKilled(t *testing.T) {
 		return g.noSession()
 	})
 	next := p.another()
+	again := time.Now()
 	next.start()
 	next.waitLine("connected to ")
 	b.answers(port)
+	took("rdhpf started again after a kill: it answers", again)
 	next.never("warning")
 }
 
@@ -340,7 +355,9 @@ func TestE2EEngineRestarts(t *testing.T) {
 	staysAway.answers(port + 1)
 	master := p.masterPid()
 	g.ctl(t, "dockerd", "restart")
+	restarted := time.Now()
 	comesBack.answers(port)
+	took("dockerd restarted: what it starts again answers", restarted)
 	refuses(t, port+1)
 	staysAway.do("start")
 	staysAway.answers(port + 1)
@@ -365,19 +382,58 @@ func TestE2EPartition(t *testing.T) {
 			stays.answers(port)
 			goes.answers(port + 1)
 			t.Cleanup(func() { g.ctl(t, c.command, c.heal) })
+			cut := time.Now()
 			g.ctl(t, c.command, c.cut)
 			goes.do("kill")
 			born := g.boot(t, port+2)
 			p.waitLine("warning: connection lost: ")
+			took(c.command+" "+c.cut+": noticed", cut)
 			refuses(t, port)
+			healed := time.Now()
 			g.ctl(t, c.command, c.heal)
 			p.waitLine("connected to ssh://" + p.host + " again")
 			stays.answers(port)
 			born.answers(port + 2)
 			refuses(t, port+1)
+			took(c.command+" "+c.heal+": all answers", healed)
 			p.signal(syscall.SIGTERM)
 			p.exits(0)
 			g.endConnections(t) // the cut one would last until TCP gives it up
+			p.leftNothing()
+		})
+	}
+}
+
+// A partition that is over before or just after it is noticed. What was sent
+// meanwhile is sent again by TCP, later and later, or by a new connection.
+func TestE2EBriefPartition(t *testing.T) {
+	g := needRig(t)
+	for _, length := range []time.Duration{2 * time.Second, 4 * time.Second, 7 * time.Second, 13 * time.Second} {
+		t.Run(length.String(), func(t *testing.T) {
+			port := freePorts(t, 3)
+			stays, goes := g.boot(t, port), g.boot(t, port+1)
+			p := startRun(t, g, "")
+			stays.answers(port)
+			goes.answers(port + 1)
+			p.becomes(port, active, "")
+			t.Cleanup(func() { g.ctl(t, "partition", "off") })
+			g.ctl(t, "partition", "on")
+			began := time.Now()
+			goes.do("kill")
+			born := g.boot(t, port+2)
+			time.Sleep(time.Until(began.Add(length))) // it is the fault, not a wait for one
+			healed := time.Now()
+			g.ctl(t, "partition", "off")
+			stays.answers(port)
+			born.answers(port + 2)
+			refuses(t, port+1)
+			took("partition of "+length.String()+": all answers", healed)
+			p.becomes(port, active, "")
+			p.becomes(port+2, active, "")
+			took("partition of "+length.String()+": all active", healed)
+			p.signal(syscall.SIGTERM)
+			p.exits(0)
+			g.endConnections(t) // a cut one would last until TCP gives it up
 			p.leftNothing()
 		})
 	}

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 	"unicode"
 )
 
@@ -169,6 +170,7 @@ func TestE2EFolderRemoved(t *testing.T) {
 	p := startRun(t, g, "")
 	b.answers(port)
 	p.becomes(port, active, "")
+	removed := time.Now()
 	if err := os.RemoveAll(p.dir); err != nil {
 		t.Fatal(err)
 	}
@@ -178,6 +180,7 @@ func TestE2EFolderRemoved(t *testing.T) {
 	b.answers(port)
 	born := g.boot(t, port+1)
 	born.answers(port + 1)
+	took("state folder removed: all is there again", removed)
 	if r := p.status(); r.Source != "socket" || r.PID != p.cmd.Process.Pid {
 		t.Errorf("status: %+v", r)
 	}

@@ -74,10 +74,12 @@ func TestE2ERestartStorm(t *testing.T) {
 		}()
 	}
 	wg.Wait()
+	over := time.Now()
 	for i, b := range boxes {
 		b.answers(port + i)
 		p.becomes(port+i, active, "")
 	}
+	took("200 restarts: all active", over)
 	if n := len(p.status().Forwards); n != len(boxes) {
 		t.Errorf("%d forwards, want %d", n, len(boxes))
 	}
@@ -106,7 +108,9 @@ func TestE2EManyEventsMissed(t *testing.T) {
 	born := g.boot(t, port+2)
 	p.signal(syscall.SIGCONT)
 	syscall.Kill(p.masterPid(), syscall.SIGKILL)
+	killed := time.Now()
 	born.answers(port + 2)
+	took("hundreds of events missed: all answers", killed)
 	stays.answers(port)
 	refuses(t, port+1)
 }
@@ -129,6 +133,7 @@ func TestE2EThousandForwards(t *testing.T) {
 		}
 		all = append(all, g.bootSpec(t, spec))
 	}
+	published := time.Now()
 	eventually(t, "all thousand are active", func() error {
 		n := 0
 		for _, f := range p.status().Forwards {
@@ -141,6 +146,7 @@ func TestE2EThousandForwards(t *testing.T) {
 		}
 		return nil
 	})
+	took("1,000 forwards, the last published: all active", published)
 	for b, box := range all {
 		for i := 0; i < each; i += 10 {
 			if err := box.answering(port + b*each + i); err != nil {
@@ -334,7 +340,9 @@ func TestE2EDiskFull(t *testing.T) {
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
+	emptied := time.Now()
 	p.waitLine("the state file is written again")
+	took("the disk has room again: the state file is written", emptied)
 	p.signal(syscall.SIGTERM) // before its folder is unmounted
 	p.exits(0)
 	p.leftNothing()

@@ -43,10 +43,13 @@ func TestE2ELife(t *testing.T) {
 		} else {
 			b.do(step.do)
 		}
+		done := time.Now()
 		if step.ans {
 			b.answers(port + 1)
+			took("container started: it answers", done)
 		} else {
 			refuses(t, port+1)
+			took("container stopped, killed, removed: its port is closed", done)
 		}
 		if err := before.answering(port); err != nil {
 			t.Errorf("the other container, after %s: %v", step.do, err)
@@ -80,8 +83,10 @@ func TestE2EPauseKeepsTheForward(t *testing.T) {
 	dialEcho(t, port) // fails unless the port is still open
 	p.becomes(port, pending, "container paused")
 	b.do("unpause")
+	unpaused := time.Now()
 	b.answers(port)
 	p.becomes(port, active, "")
+	took("container unpaused: active", unpaused)
 	p.never("closed")
 }
 
@@ -188,7 +193,9 @@ func TestE2ETwoWantOnePort(t *testing.T) {
 		t.Errorf("conflicts: %q, want one that names %s", reasons, a.who())
 	}
 	a.do("kill")
+	killed := time.Now()
 	b.answers(port)
+	took("who had the port is killed: the other answers", killed)
 	p.becomes(port, active, "")
 }
 
@@ -243,6 +250,8 @@ func TestE2ENobodyListens(t *testing.T) {
 	p.becomes(port+1, pending, "port not responding")
 	late.answers(port + 1)
 	p.becomes(port+1, active, "")
+	started, _ := late.inspect()
+	took("the container begins to listen: active", started.Add(3*time.Second))
 	p.becomes(port, pending, "port not responding")
 }
 
@@ -358,8 +367,10 @@ func TestE2ECleanStop(t *testing.T) {
 			g.boot(t, port, "-mode", "echo")
 			p.waitLine(localAddr(port) + " →")
 			c := dialEcho(t, port) // in use while it stops
+			signalled := time.Now()
 			p.signal(sig)
 			p.exits(0)
+			took("signal: ended", signalled)
 			p.leftNothing()
 			if _, err := io.ReadAll(c); errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Error("the connection outlives the run")
@@ -488,7 +499,9 @@ func TestE2EBusyPort(t *testing.T) {
 		t.Error(err)
 	}
 	l.Close()
+	freed := time.Now()
 	b.answers(port)
+	took("busy port freed: it answers", freed)
 	p.waitLine(localAddr(port) + " → " + b.who())
 }
 
@@ -507,8 +520,10 @@ func TestE2EBusyForAMoment(t *testing.T) {
 		started, _ := b.inspect()
 		time.Sleep(time.Until(started.Add(700 * time.Millisecond)))
 		l.Close()
-		inTime := time.Since(started) < 1400*time.Millisecond
+		freed := time.Now()
+		inTime := freed.Sub(started) < 1400*time.Millisecond
 		b.answers(port)
+		took("port busy for a moment, freed: it answers", freed)
 		if inTime {
 			p.never("conflict")
 			return

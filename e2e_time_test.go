@@ -37,8 +37,10 @@ func TestE2ESleep(t *testing.T) {
 			time.Sleep(asleep) // it is the fault, not a wait for one
 			syscall.Kill(master, syscall.SIGCONT)
 			p.signal(syscall.SIGCONT)
+			woken := time.Now()
 			b.answers(port)
 			born.answers(port + 1)
+			took("the machine wakes, "+c.name+": all answers", woken)
 			p.becomes(port, active, "")
 			p.waitLine("the machine slept")
 			if !c.cut && p.masterPid() != master {
@@ -57,6 +59,7 @@ func TestE2EServerStopped(t *testing.T) {
 	b.answers(port)
 	p.becomes(port, active, "")
 	var stopped []int
+	began := time.Now()
 	for _, pid := range children(g.sshd(t)) {
 		if syscall.Kill(pid, syscall.SIGSTOP) == nil {
 			stopped = append(stopped, pid)
@@ -70,6 +73,7 @@ func TestE2EServerStopped(t *testing.T) {
 	p.waitLine("warning: connection lost: ")
 	p.waitLine(" again after ")
 	b.answers(port)
+	took("sshd's child stopped: it answers again", began)
 	p.becomes(port, active, "")
 }
 
@@ -102,7 +106,7 @@ func TestE2EMasterStoppedOrEnded(t *testing.T) {
 
 // A silent partition: nothing is called active within 20 s, and all answers
 // within 5 s of its end. The bounds here are wider, for a machine can be busy;
-// make soak prints the times.
+// make faults prints the times.
 func TestE2EPartitionStatus(t *testing.T) {
 	g := needRig(t)
 	port := freePorts(t, 2)
@@ -110,11 +114,11 @@ func TestE2EPartitionStatus(t *testing.T) {
 	p := startRun(t, g, "")
 	p.becomes(port, active, "")
 	created := p.forward(port).CreatedAt
+	began := time.Now()
 	g.ctl(t, "partition", "on")
 	t.Cleanup(func() { g.ctl(t, "partition", "off") })
-	began := time.Now()
 	f := p.becomes(port, pending, "ssh connection lost, reconnecting")
-	t.Logf("no longer active after %v", time.Since(began).Round(100*time.Millisecond))
+	took("partition on: not active any more", began)
 	if !f.CreatedAt.Equal(created) {
 		t.Error("created_at did not survive the loss of the connection")
 	}
@@ -122,11 +126,11 @@ func TestE2EPartitionStatus(t *testing.T) {
 		t.Errorf("health: %d, %s", code, out)
 	}
 	born := g.boot(t, port+1)
-	g.ctl(t, "partition", "off")
 	began = time.Now()
+	g.ctl(t, "partition", "off")
 	b.answers(port)
 	born.answers(port + 1)
-	t.Logf("all answers %v after its end", time.Since(began).Round(100*time.Millisecond))
+	took("partition off: all answers", began)
 	f = p.becomes(port, active, "")
 	if !f.CreatedAt.Equal(created) {
 		t.Error("created_at did not survive the reconnect")
@@ -177,8 +181,10 @@ func TestE2ERetryHeals(t *testing.T) {
 	p.start()
 	p.waitLine("docker on the remote host: ")
 	g.ctl(t, "dockerd", "start")
+	started := time.Now()
 	p.waitLine("connected to ")
 	b.answers(port)
+	took("-retry, what was missing is there: it answers", started)
 }
 
 // What the folder must not be.

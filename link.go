@@ -90,10 +90,9 @@ func (l *link) run(ctx context.Context, ssh sshProgram, h host, control string, 
 	start(func() error {
 		select {
 		case <-m.done:
-			return m.exitError()
 		case <-ctx.Done():
-			return nil
 		}
+		return nil
 	})
 	start(func() error { return m.serve(ctx, l.batches, func(done []outcome) { l.send(portsDone{done}) }) })
 	start(func() error { return l.keepListing(ctx, m, h.socket, listed) })

@@ -140,7 +140,12 @@ type (
 
 // listed takes a list. The first of a connection makes it one.
 func (r *runner) listed(now time.Time, v listTaken) {
-	r.rtt, r.wakeBy = v.took, time.Time{}
+	// One list that was held up, by a cut link say, must not hold up all probes.
+	if r.wakeBy = (time.Time{}); r.rtt == 0 {
+		r.rtt = v.took
+	} else {
+		r.rtt = min(v.took, 2*r.rtt)
+	}
 	if !r.listDue.After(now) {
 		r.listDue = now.Add(relistEvery)
 	}

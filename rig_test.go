@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -19,6 +20,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -43,6 +45,9 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	code := m.Run()
+	if testing.Verbose() {
+		printTimes()
+	}
 	if theRig.name != "" {
 		if out, err := exec.Command("rig/rig", "down", theRig.name).CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "rig down: %v: %s\n", err, out)
@@ -405,6 +410,31 @@ func refused(port int) error {
 		return err
 	}
 	return nil
+}
+
+// times are how long rdhpf took for things, for docs/faults.md: make faults
+// prints them. No test fails by them.
+var times struct {
+	sync.Mutex
+	of map[string][]time.Duration
+}
+
+// took notes that it took from since until now.
+func took(what string, since time.Time) {
+	times.Lock()
+	defer times.Unlock()
+	if times.of == nil {
+		times.of = make(map[string][]time.Duration)
+	}
+	times.of[what] = append(times.of[what], time.Since(since))
+}
+
+func printTimes() {
+	for _, what := range slices.Sorted(maps.Keys(times.of)) {
+		all := times.of[what]
+		slices.Sort(all)
+		fmt.Printf("| %s | %d | %.2f s | %.2f s |\n", what, len(all), all[len(all)/2].Seconds(), all[len(all)-1].Seconds())
+	}
 }
 
 func refuses(t *testing.T, port int) {

@@ -105,9 +105,9 @@ type runner struct {
 	link     *link // nil while there is no connection, not even an attempt
 	gen      int   // of link
 	master   *master
-	queue    []action // for the link to open and close
-	rtt      time.Duration
-	pace     time.Time // when the last probe begins
+	queue    []action      // for the link to open and close
+	rtt      time.Duration // of a list, about; 0 before the first on this link
+	pace     time.Time     // when the last probe begins
 	everUp   bool
 	proven   bool // events were followed, too: the server allows two sessions
 	failures int
@@ -237,7 +237,7 @@ func (r *runner) connect(ctx context.Context) {
 		first: !r.proven && !r.retry,
 		send:  func(what any) { r.send(linkCtx, gen, what) },
 	}
-	r.link, r.queue, r.master, r.retryAt = l, nil, nil, time.Time{}
+	r.link, r.queue, r.master, r.rtt, r.retryAt = l, nil, nil, 0, time.Time{}
 	r.start(func() {
 		err := l.run(linkCtx, r.ssh, r.host, r.paths.control, func(line string) { r.log.Debug("ssh: " + line) })
 		cancel()
