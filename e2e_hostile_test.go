@@ -10,11 +10,13 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode"
@@ -140,7 +142,7 @@ func TestE2EHostileEngine(t *testing.T) {
 			if most := peakMemory(t, p.cmd.Process.Pid); most > 400<<20 { // with the race detector
 				t.Errorf("it took %d MiB", most>>20)
 			}
-			p.signal(15)
+			p.signal(syscall.SIGTERM)
 			p.exits(0)
 			p.leftNothing()
 		})
@@ -220,4 +222,64 @@ func TestE2EFolderRemoved(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// Somebody removes the socket of a running instance, or puts something in its
+// place: it makes it again, and at its end removes only what is its own.
+func TestE2ESocketSwapped(t *testing.T) {
+	g := needRig(t)
+	p := startRun(t, g, "")
+	path := p.paths().socket
+	another := func(path string) *net.UnixListener {
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		t.Cleanup(func() { l.Close() })
+		return l
+	}
+	answers := func() {
+		t.Helper()
+		eventually(t, "the instance answers", func() error {
+			var h health
+			return call(path, "health", &h)
+		})
+	}
+	for _, swap := range []func(){func() {}, func() { another(path) }, func() { another(path).Close() }} {
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		removed := time.Now()
+		swap()
+		answers()
+		took("socket swapped: it answers again", removed)
+	}
+	p.waitLine("somebody removed or replaced " + path + ": made again")
+
+	elsewhere := filepath.Join(p.dir, "elsewhere")
+	another(elsewhere)
+	if err := errors.Join(os.Remove(path), os.Symlink(elsewhere, path)); err != nil {
+		t.Fatal(err)
+	}
+	p.waitLine(path + " is in the way and no socket: remove it")
+	if r := p.status(); r.Source != "file" || !r.Running || r.PID != p.cmd.Process.Pid {
+		t.Errorf("status meanwhile: %+v", r)
+	}
+	if err := errors.Join(os.Remove(path), os.Remove(elsewhere)); err != nil {
+		t.Errorf("the link or what it leads to was touched: %v", err)
+	}
+	answers()
+
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	another(path)
+	p.signal(syscall.SIGTERM)
+	p.exits(0)
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("at its end it removed another's socket: %v", err)
+	}
+	os.Remove(path)
+	p.leftNothing()
 }

@@ -15,10 +15,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	probeHold  = 300 * time.Millisecond // what stays open that long, plus a round trip, has a listener
-	aliveEvery = 2 * time.Second
-)
+const probeHold = 300 * time.Millisecond // what stays open that long, plus a round trip, has a listener
+
+// raiseFileLimit raises the limit on open files as far as it goes, for ssh needs
+// one a port and inherits it, and returns how many probes it allows at once.
+func raiseFileLimit() int {
+	var l unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil {
+		return 8
+	}
+	l.Cur = l.Max
+	unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
+	return int(min(max(l.Max/16, 2), 64))
+}
 
 // bindable tells whether a local address can be bound, as ssh would: nil, or
 // the errno. ssh says only that it failed. The socket never listens, so that
@@ -112,7 +121,7 @@ func (m *master) serve(ctx context.Context, batches <-chan []action, report func
 		return err
 	}
 	defer conn.Close()
-	tick := time.NewTicker(aliveEvery)
+	tick := time.NewTimer(untilBeat())
 	defer tick.Stop()
 	for {
 		select {
@@ -125,6 +134,7 @@ func (m *master) serve(ctx context.Context, batches <-chan []action, report func
 			}
 			report(done)
 		case <-tick.C:
+			tick.Reset(untilBeat())
 			if replaced(m.control, m.socket) {
 				return fmt.Errorf("somebody removed or replaced %s", m.control)
 			}

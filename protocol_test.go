@@ -163,7 +163,7 @@ func TestProtocolNames(t *testing.T) {
 		}
 	}
 	if maxLine != 1_048_576 || maxConns != 128 || maxBatch != 16 || firstDeadline != 10*time.Second || writeTimeout != 10*time.Second ||
-		callTimeout != 10*time.Second || maxStateAge != 10*time.Second || writeEvery != 2*time.Second {
+		callTimeout != 10*time.Second || maxStateAge != 10*time.Second || beatEvery != 2*time.Second {
 		t.Error("docs/protocol.md has other limits")
 	}
 	s := startSocket(t)

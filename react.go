@@ -256,24 +256,3 @@ func (r *runner) tick(now time.Time) {
 		r.link.wantList()
 	}
 }
-
-// keepLock sees that the lock's file is where others look for it, and locks a
-// new one where somebody removed it. An error says that another instance has.
-func (r *runner) keepLock() error {
-	if info, err := r.lock.Stat(); err == nil && !replaced(r.paths.lock, info) {
-		return nil
-	}
-	if makeDir(r.paths.dir) != nil {
-		return nil // who writes the state file tells of that
-	}
-	lock, err := lockInstance(r.paths.lock)
-	if errors.As(err, new(*heldError)) {
-		return fmt.Errorf("somebody removed %s meanwhile: %w", r.paths.lock, err)
-	} else if err != nil {
-		return nil
-	}
-	r.lock.Close()
-	r.lock = lock
-	r.log.Warn(fmt.Sprintf("somebody removed or replaced %s: made again", r.paths.lock))
-	return nil
-}

@@ -6,20 +6,19 @@ package main
 import (
 	"cmp"
 	"context"
-	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
 	relistEvery   = 30 * time.Second
-	tickEvery     = 2 * time.Second
-	sleptAfter    = 10 * time.Second     // more than this between ticks: the machine slept
+	beatEvery     = 2 * time.Second
+	sleptAfter    = 10 * time.Second     // more than this between beats: the machine slept
 	wakeDeadline  = 3 * time.Second      // for the engine to answer after that
 	settleAfter   = time.Second          // to list once more: an engine may tell of a change before it lists it
 	stubbornDelay = time.Minute          // where only a person can mend it
@@ -43,6 +42,7 @@ func run(ctx context.Context, o runOptions) error {
 		return err
 	}
 	runtime.GOMAXPROCS(1) // there is little to do, and each further one costs memory
+	debug.SetGCPercent(50)
 	ssh, err := findSSH()
 	if err != nil {
 		return err
@@ -62,33 +62,22 @@ func run(ctx context.Context, o runOptions) error {
 	r := newRunner(o, p, ssh, lock, cfg)
 	defer func() { r.lock.Close() }()
 	r.warnBind(cfg)
-	l, err := listenSocket(p.socket)
-	if err != nil {
-		return fmt.Errorf("making the socket for rdhpf status: %w", err)
-	}
-	ctx, quit := context.WithCancel(ctx)
+	ctx, r.quit = context.WithCancel(ctx)
 	defer r.wg.Wait()
-	defer quit()
-	r.start(func() {
-		(&server{board: r.board, ask: r.ask, stop: quit, warn: func(s string) { o.log.Warn(s) }}).serve(ctx, l)
-	})
-	r.start(func() {
-		keepState(ctx, p.state, r.board, func(err error) { r.send(ctx, anyGen, fileTrouble{err}) })
-	})
+	defer r.quit()
+	if err := r.listen(ctx); err != nil {
+		return err
+	}
+	defer r.unlisten()
+	r.start(func() { keepState(ctx, p.state, r.board, func(err error) { r.send(ctx, anyGen, fileTrouble{err}) }) })
 	return r.loop(ctx)
 }
 
-// raiseFileLimit raises the limit on open files as far as it goes, for ssh needs
-// one a port and inherits it, and returns how many probes it allows at once.
-func raiseFileLimit() int {
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil {
-		return 8
-	}
-	l.Cur = l.Max
-	unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
-	return int(min(max(l.Max/16, 2), 64))
-}
+var begun = time.Now()
+
+// untilBeat is the time to the next of the moments at which all is done that is
+// done every 2 s: each waking up of a process that is idle costs.
+func untilBeat() time.Duration { return beatEvery - time.Since(begun)%beatEvery }
 
 // runner is the loop's. Nothing in it is touched by another goroutine but what
 // is said so.
@@ -96,8 +85,8 @@ type runner struct {
 	runOptions
 	paths paths
 	ssh   sshProgram
-	lock  *os.File
-	board *board // anybody may look
+	quit  context.CancelFunc // anybody may end it
+	board *board             // anybody may look
 	state *state
 	msgs  chan message // to the loop, from everybody
 	wg    sync.WaitGroup
@@ -116,6 +105,11 @@ type runner struct {
 	listDue  time.Time // when to list again without a cause
 	wakeBy   time.Time // the engine has to answer by then; zero: no hurry
 	lastTick time.Time
+
+	lock      *os.File
+	listener  *net.UnixListener
+	socket    os.FileInfo // as it was made
+	socketErr error       // why there is none
 
 	shown     snapshot // what is the same in all snapshots, and the connection's part
 	listErr   error    // why the engine lists nothing, though there is a connection
@@ -159,7 +153,7 @@ func (r *runner) snapshot() *snapshot {
 // loop runs until ctx ends, with nil, or until the first connection fails. What
 // it started ends with ctx; run waits for it.
 func (r *runner) loop(ctx context.Context) error {
-	tick := time.NewTicker(tickEvery)
+	tick := time.NewTimer(untilBeat())
 	defer tick.Stop()
 	r.lastTick = time.Now()
 	alarm := time.NewTimer(0)
@@ -219,7 +213,8 @@ func (r *runner) loop(ctx context.Context) error {
 		case <-alarm.C:
 			r.ring(time.Now())
 		case <-tick.C:
-			if err := r.keepLock(); err != nil {
+			tick.Reset(untilBeat())
+			if err := r.keepFiles(ctx); err != nil {
 				return err
 			}
 			r.tick(time.Now())

@@ -22,7 +22,6 @@ const (
 	writeTimeout  = 10 * time.Second // for a client to take an answer
 	callTimeout   = 10 * time.Second // for the loop to do what was asked for
 	dialTimeout   = 2 * time.Second  // for an instance to answer `rdhpf status`
-	lookEvery     = 2 * time.Second  // whether the socket is still where it was
 )
 
 // server answers on the socket. All of it ends with the context given to serve.
@@ -30,7 +29,6 @@ type server struct {
 	board *board
 	ask   func(ctx context.Context, method string) (any, error) // has the loop do something
 	stop  func()                                                // ends the instance
-	warn  func(string)
 
 	mu    sync.Mutex
 	conns map[*client]bool
@@ -63,51 +61,25 @@ func listenSocket(path string) (*net.UnixListener, error) {
 	return l, nil
 }
 
-// serve answers until ctx ends, then ends all connections, waits for them and
-// removes the socket. Where somebody removed or replaced that, it makes it anew.
+// serve answers until ctx ends, then ends all connections and waits for them.
 func (s *server) serve(ctx context.Context, l *net.UnixListener) {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
+	defer context.AfterFunc(ctx, func() { l.Close() })()
 	s.conns = make(map[*client]bool)
-	path := l.Addr().String()
-	closeAtEnd := func(l *net.UnixListener) (undo func() bool) { return context.AfterFunc(ctx, func() { l.Close() }) }
-	undo := closeAtEnd(l)
-	made, _ := os.Lstat(path)
-	trouble := ""
 	for {
-		l.SetDeadline(time.Now().Add(lookEvery))
 		conn, err := l.AcceptUnix()
-		switch {
-		case errors.Is(err, net.ErrClosed):
-			if !replaced(path, made) {
-				removeSocket(path)
-			}
+		if errors.Is(err, net.ErrClosed) {
 			return
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			if !replaced(path, made) {
-				continue
-			}
-			another, err := listenSocket(path)
-			switch {
-			case err == nil:
-				s.warn(fmt.Sprintf("somebody removed or replaced %s: made again", path))
-				undo()
-				l.Close()
-				l, undo, trouble = another, closeAtEnd(another), ""
-				made, _ = os.Lstat(path)
-			case err.Error() != trouble:
-				trouble = err.Error()
-				s.warn(fmt.Sprintf("rdhpf status finds no socket: %s", trouble))
-			}
-			continue
-		case err != nil: // out of file descriptors: others may close theirs
+		} else if err != nil { // out of file descriptors: others may close theirs
 			select {
 			case <-ctx.Done():
+				return
 			case <-time.After(100 * time.Millisecond):
+				continue
 			}
-			continue
 		}
 		if !allowed(conn) {
 			conn.Close()

@@ -32,7 +32,6 @@ type socketServer struct {
 	cancel  context.CancelFunc
 	done    chan struct{} // closed when serve has returned
 	stopped chan struct{} // closed by the method stop
-	warned  chan string
 
 	askMu sync.Mutex
 	asked []string
@@ -47,14 +46,13 @@ func socketSnap(engine string) *snapshot {
 // startSocket starts a server that ends, at the latest, with the test.
 func startSocket(t *testing.T) *socketServer {
 	t.Helper()
-	s := &socketServer{path: filepath.Join(muxTempDir(t), "s"), done: make(chan struct{}), stopped: make(chan struct{}), warned: make(chan string, 10)}
+	s := &socketServer{path: filepath.Join(muxTempDir(t), "s"), done: make(chan struct{}), stopped: make(chan struct{})}
 	l, err := listenSocket(s.path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var once sync.Once
-	s.server = &server{board: newBoard(socketSnap("first")), ask: s.answer, stop: func() { once.Do(func() { close(s.stopped) }) },
-		warn: func(text string) { s.warned <- text }}
+	s.server = &server{board: newBoard(socketSnap("first")), ask: s.answer, stop: func() { once.Do(func() { close(s.stopped) }) }}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
 	go func() {
@@ -674,69 +672,6 @@ func TestSocketFile(t *testing.T) {
 	if l, err := listenSocket(filepath.Join(path, "x", "s")); err == nil {
 		l.Close()
 		t.Error("a missing directory is no hindrance")
-	}
-}
-
-// Somebody removes the socket of a running instance, or puts something in its
-// place: it makes it again, and at its end removes only what is its own.
-func TestSocketSwapped(t *testing.T) {
-	s := startSocket(t)
-	subscriber := s.dial(t)
-	subscriber.asks(`{"method":"subscribe"}`, `"first"`)
-	another := func(path string) *net.UnixListener {
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		l.SetUnlinkOnClose(false)
-		t.Cleanup(func() { l.Close() })
-		return l
-	}
-	answers := func() {
-		t.Helper()
-		eventually(t, "the instance answers at its path", func() error { return call(s.path, "health", new(health)) })
-	}
-	for _, c := range []struct {
-		name string
-		swap func()
-	}{
-		{"removed", func() {}},
-		{"another's", func() { another(s.path) }},
-		{"a dead one", func() { another(s.path).Close() }},
-	} {
-		if err := os.Remove(s.path); err != nil {
-			t.Fatal(err)
-		}
-		c.swap()
-		if got, want := <-s.warned, "somebody removed or replaced "+s.path+": made again"; got != want {
-			t.Errorf("%s: it says %q, want %q", c.name, got, want)
-		}
-		answers()
-	}
-
-	os.Remove(s.path)
-	another(s.path + "2")
-	if err := os.Symlink(s.path+"2", s.path); err != nil {
-		t.Fatal(err)
-	}
-	if got, want := <-s.warned, "rdhpf status finds no socket: "+s.path+" is in the way and no socket: remove it"; got != want {
-		t.Errorf("over a symbolic link it says %q, want %q", got, want)
-	}
-	if _, err := os.Lstat(s.path + "2"); err != nil {
-		t.Errorf("where the link leads to was touched: %v", err)
-	}
-	os.Remove(s.path)
-	<-s.warned
-	answers()
-
-	s.board.post(socketSnap("second"))
-	subscriber.hears(`"second"`) // connected all the time
-	os.Remove(s.path)
-	another(s.path)
-	s.cancel()
-	await(t, "the end of the server", s.done)
-	if _, err := os.Lstat(s.path); err != nil {
-		t.Errorf("at its end it removed another's socket: %v", err)
 	}
 }
 

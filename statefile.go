@@ -98,7 +98,6 @@ func checkDir(dir string) error {
 }
 
 const (
-	writeEvery    = 2 * time.Second
 	writeTogether = 20 * time.Millisecond // what changes within it after a change is in the same write
 	maxStateAge   = 10 * time.Second
 	maxStateFile  = 64 << 20
@@ -124,7 +123,7 @@ func keepState(ctx context.Context, path string, b *board, troubled func(error))
 			failing = err != nil
 			troubled(err)
 		}
-		last.Reset(writeEvery)
+		last.Reset(untilBeat())
 		select {
 		case <-ctx.Done():
 		case <-last.C:

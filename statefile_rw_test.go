@@ -400,7 +400,7 @@ func TestKeepState(t *testing.T) {
 			if n, err := numberOf(snap); err != nil || n != 1 {
 				return fmt.Errorf("it says %d, %v", n, err)
 			}
-			if !snap.UpdatedAt.After(first.Add(writeEvery)) {
+			if !snap.UpdatedAt.After(first.Add(beatEvery)) {
 				return errors.New("it is not")
 			}
 			return nil

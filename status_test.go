@@ -63,6 +63,7 @@ func beInstance(host, dir string) error {
 	if err != nil {
 		return err
 	}
+	defer removeSocket(p.socket)
 	now := utc(time.Now())
 	shown := snapshot{Version: stateVersion, Host: host, PID: os.Getpid(), StartedAt: now,
 		Connection: connection{State: connecting, Since: now}, Warnings: []string{}, Forwards: []forwardInfo{}, Skipped: []skippedPort{}}
@@ -70,7 +71,7 @@ func beInstance(host, dir string) error {
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan struct{}, 2)
 	go func() {
-		s := &server{board: b, stop: stop, warn: func(string) {}, ask: func(context.Context, string) (any, error) { return struct{}{}, nil }}
+		s := &server{board: b, stop: stop, ask: func(context.Context, string) (any, error) { return struct{}{}, nil }}
 		s.serve(ctx, l)
 		ended <- struct{}{}
 	}()

@@ -126,6 +126,16 @@ func (p *plain) stop() {
 	p.b.finish(p.cmd, syscall.SIGTERM)
 }
 
+// allActive waits until rdhpf says so.
+func (f *forwarder) allActive() error {
+	cmd := exec.Command(f.cmd.Path, "status", "-host", f.host, "-wait", patience.String())
+	cmd.Env = f.cmd.Env
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%v: %w: %.2000s", cmd.Args, err, out)
+	}
+	return nil
+}
+
 // statusCost compares `rdhpf status` with `rdhpf version`, the least that a
 // command can take.
 func (f *forwarder) statusCost(figure string, goal float64) (row, error) {
