@@ -61,8 +61,8 @@ func TestE2ELife(t *testing.T) {
 func TestE2ERename(t *testing.T) {
 	g := needRig(t)
 	port := freePorts(t, 1)
-	b := g.boot(t, port)
 	p := startRun(t, g, "")
+	b := g.boot(t, port) // that it is seen shows that events are followed
 	p.waitLine("→ " + b.who())
 	b.rename("renamed" + b.name)
 	b.do("restart")

@@ -4,36 +4,68 @@ package main
 // for machines, in -log-format json, and for -log-level debug.
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 )
 
-// newLogger writes to w in the given format, "text" or "json". lost is called
-// when w takes no more, at each line.
-func newLogger(w io.Writer, level slog.Level, format string, lost func(error)) *slog.Logger {
-	w = &lossyWriter{w, lost}
-	if format == "json" {
-		return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+const (
+	maxLines  = 1000        // that wait to be written
+	lastLines = time.Second // for them to be written at the end
+)
+
+// newLogger writes to w in the given format, "text" or "json", and holds nobody
+// up who logs: a terminal that is stopped with Ctrl-S, or a pipe that nobody
+// reads, must not stop the forwards. broken is called when w takes no more, at
+// each line. end writes what still waits; after it nothing may be logged.
+func newLogger(w io.Writer, level slog.Level, format string, broken func(error)) (log *slog.Logger, end func()) {
+	handler := func(w io.Writer) slog.Handler {
+		if format == "json" {
+			return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
+		}
+		return &lineHandler{w: w, mu: new(sync.Mutex), level: level}
 	}
-	return slog.New(&lineHandler{w: w, mu: new(sync.Mutex), level: level})
+	q := &lineQueue{lines: make(chan []byte, maxLines)}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for line := range q.lines {
+			if _, err := w.Write(line); err != nil {
+				broken(err)
+			}
+			if n := q.lost.Swap(0); n > 0 {
+				slog.New(handler(w)).Warn(fmt.Sprintf("%d lines are lost: nobody read this", n))
+			}
+		}
+	}()
+	return slog.New(handler(q)), func() {
+		close(q.lines)
+		select {
+		case <-ended:
+		case <-time.After(lastLines):
+		}
+	}
 }
 
-// lossyWriter tells of a write that failed, which slog keeps to itself.
-type lossyWriter struct {
-	w    io.Writer
-	lost func(error)
+// lineQueue is where lines wait to be written. What finds no room is counted.
+type lineQueue struct {
+	lines chan []byte
+	lost  atomic.Int64
 }
 
-func (l *lossyWriter) Write(p []byte) (int, error) {
-	n, err := l.w.Write(p)
-	if err != nil {
-		l.lost(err)
+func (q *lineQueue) Write(line []byte) (int, error) {
+	select {
+	case q.lines <- bytes.Clone(line):
+	default:
+		q.lost.Add(1)
 	}
-	return n, err
+	return len(line), nil
 }
 
 // lineHandler prints "15:04:05 message", with the level where it is not info.

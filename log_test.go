@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"strings"
 	"testing"
@@ -39,7 +40,8 @@ func TestLogLines(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var out bytes.Buffer
-			h := newLogger(&out, c.level, c.format, func(err error) { t.Error(err) }).Handler()
+			log, end := newLogger(&out, c.level, c.format, func(err error) { t.Error(err) })
+			h := log.Handler()
 			if h.Enabled(context.Background(), c.line) {
 				r := slog.NewRecord(at, c.line, c.text, 0)
 				r.AddAttrs(attrs...)
@@ -47,6 +49,7 @@ func TestLogLines(t *testing.T) {
 					t.Error(err)
 				}
 			}
+			end()
 			if out.String() != c.lines {
 				t.Errorf("\n got %q\nwant %q", out.String(), c.lines)
 			}
@@ -59,11 +62,13 @@ func TestLogLines(t *testing.T) {
 
 func TestLogWith(t *testing.T) {
 	var out bytes.Buffer
-	base := newLogger(&out, slog.LevelDebug, "text", nil).With("a", 1)
+	log, end := newLogger(&out, slog.LevelDebug, "text", nil)
+	base := log.With("a", 1)
 	one, two := base.With("b", 2), base.With("c", 3)
 	one.Info("x")
 	two.WithGroup("g").Info("y", "d", 4)
 	base.Info("z")
+	end()
 	var got []string
 	for _, line := range strings.Split(strings.TrimSpace(out.String()), "\n") {
 		got = append(got, line[len("15:04:05 "):])
@@ -76,7 +81,9 @@ func TestLogWith(t *testing.T) {
 // A line is bounded and is one line, whoever wrote it.
 func TestLogBounded(t *testing.T) {
 	var out bytes.Buffer
-	newLogger(&out, slog.LevelInfo, "text", nil).Info(strings.Repeat("a\n", 1<<20))
+	log, end := newLogger(&out, slog.LevelInfo, "text", nil)
+	log.Info(strings.Repeat("a\n", 1<<20))
+	end()
 	if n := out.Len(); n > 5000 || strings.Count(out.String(), "\n") != 1 {
 		t.Errorf("%d bytes, %d lines", n, strings.Count(out.String(), "\n"))
 	}
@@ -90,12 +97,42 @@ func TestLogLost(t *testing.T) {
 	broken := errors.New("broken pipe")
 	for _, format := range []string{"text", "json"} {
 		var lost []error
-		log := newLogger(brokenWriter{broken}, slog.LevelInfo, format, func(err error) { lost = append(lost, err) })
+		log, end := newLogger(brokenWriter{broken}, slog.LevelInfo, format, func(err error) { lost = append(lost, err) })
 		log.Info("one")
 		log.Debug("not written")
 		log.Warn("two")
+		end()
 		if len(lost) != 2 || !errors.Is(lost[0], broken) || !errors.Is(lost[1], broken) {
 			t.Errorf("%s: lost told of %v, want twice %v", format, lost, broken)
+		}
+	}
+}
+
+// Nobody reads for a while: who logs goes on, and what got lost is counted.
+func TestLogUnread(t *testing.T) {
+	for _, c := range []struct{ format, want string }{
+		{"text", " warning: 500 lines are lost: nobody read this\n"},
+		{"json", `"level":"WARN","msg":"500 lines are lost: nobody read this"}` + "\n"},
+	} {
+		r, w := io.Pipe() // a write waits for its reader
+		log, end := newLogger(w, slog.LevelInfo, c.format, func(err error) { t.Error(err) })
+		log.Info("first")
+		if _, err := io.ReadFull(r, make([]byte, 1)); err != nil { // it is being written, and waits no more
+			t.Fatal(err)
+		}
+		for range maxLines + 500 {
+			log.Info("more")
+		}
+		read := make(chan string)
+		go func() {
+			all, _ := io.ReadAll(r)
+			read <- string(all)
+		}()
+		end()
+		w.Close()
+		all := <-read
+		if n := strings.Count(all, "more"); n != maxLines || !strings.Contains(all, c.want) {
+			t.Errorf("%s: %d lines, without %q", c.format, n, c.want)
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -21,17 +22,13 @@ type listener struct {
 	addr    netip.AddrPort
 }
 
-// listeners asks lsof who listens on port, or on any for 0. Processes of other
-// users are seen by root only.
-func listeners(ctx context.Context, port uint16) ([]listener, error) {
+// listeners asks lsof who listens on TCP ports. Processes of other users are
+// seen by root only.
+func listeners(ctx context.Context) ([]listener, error) {
 	ctx, cancel := context.WithTimeout(ctx, lsofTimeout)
 	defer cancel()
-	which := "-iTCP"
-	if port != 0 {
-		which += ":" + strconv.Itoa(int(port))
-	}
 	// lsof exits 1 when there is nothing to list.
-	out, err := exec.CommandContext(ctx, "lsof", "-nPw", "+c0", which, "-sTCP:LISTEN", "-Fpcn").Output()
+	out, err := exec.CommandContext(ctx, "lsof", "-nPw", "+c0", "-iTCP", "-sTCP:LISTEN", "-Fpcn").Output()
 	if _, exited := err.(*exec.ExitError); err != nil && (!exited || ctx.Err() != nil) {
 		return nil, fmt.Errorf("running lsof: %w", err)
 	}
@@ -71,14 +68,24 @@ func parseLsof(out string) []listener {
 	return all
 }
 
-// portOwner names who keeps others from listening on a: "nginx, pid 4242", or
-// "" where it cannot be found.
-func portOwner(ctx context.Context, a netip.AddrPort) string {
-	all, err := listeners(ctx, a.Port())
-	if err != nil {
-		return ""
+// owners tells who holds local ports. With one lsof it answers all that ask
+// within a second: many ports can be busy at once.
+type owners struct {
+	mu  sync.Mutex
+	at  time.Time // of the last lsof
+	all []listener
+}
+
+// of names who keeps others from listening on a: "nginx, pid 4242", or "" where
+// it cannot be found.
+func (o *owners) of(ctx context.Context, a netip.AddrPort) string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if time.Since(o.at) > time.Second {
+		o.all, _ = listeners(ctx)
+		o.at = time.Now()
 	}
-	for _, l := range all {
+	for _, l := range o.all {
 		if ip := l.addr.Addr(); l.addr.Port() == a.Port() && (ip == a.Addr() || ip.IsUnspecified() || a.Addr().IsUnspecified()) {
 			return fmt.Sprintf("%s, pid %d", l.command, l.pid)
 		}

@@ -95,37 +95,30 @@ func TestListeners(t *testing.T) {
 			}
 			defer l.Close()
 			at := l.Addr().(*net.TCPAddr).AddrPort()
-			for _, port := range []uint16{at.Port(), 0} {
-				all, err := listeners(context.Background(), port)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if !slices.ContainsFunc(all, func(l listener) bool {
-					return l.pid == os.Getpid() && l.command != "" && l.addr.Port() == at.Port() &&
-						(l.addr.Addr() == at.Addr() || l.addr.Addr().IsUnspecified() && at.Addr().IsUnspecified())
-				}) {
-					t.Errorf("port %d: this process is not in %v", port, all)
-				}
-				for _, l := range all {
-					if port != 0 && l.addr.Port() != port {
-						t.Errorf("asked for port %d, got %v", port, l)
-					}
-				}
+			all, err := listeners(context.Background())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.ContainsFunc(all, func(l listener) bool {
+				return l.pid == os.Getpid() && l.command != "" && l.addr.Port() == at.Port() &&
+					(l.addr.Addr() == at.Addr() || l.addr.Addr().IsUnspecified() && at.Addr().IsUnspecified())
+			}) {
+				t.Errorf("this process is not in %v", all)
 			}
 			who := fmt.Sprintf(", pid %d", os.Getpid())
 			asked := at
 			if at.Addr().IsUnspecified() {
 				asked = netip.AddrPortFrom(loopback4, at.Port())
 			}
-			if got := portOwner(context.Background(), asked); !strings.HasSuffix(got, who) || got == who {
-				t.Errorf("portOwner(%v) = %q, want NAME%s", asked, got, who)
+			if got := new(owners).of(context.Background(), asked); !strings.HasSuffix(got, who) || got == who {
+				t.Errorf("the owner of %v is %q, want NAME%s", asked, got, who)
 			}
 		})
 	}
 }
 
 // What nobody holds, or who holds another address, is not named.
-func TestPortOwnerNone(t *testing.T) {
+func TestOwnersNone(t *testing.T) {
 	needLsof(t)
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -133,19 +126,19 @@ func TestPortOwnerNone(t *testing.T) {
 	}
 	defer l.Close()
 	other := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.77"), l.Addr().(*net.TCPAddr).AddrPort().Port())
-	if got := portOwner(context.Background(), other); got != "" {
-		t.Errorf("portOwner(%v) = %q, want none", other, got)
+	if got := new(owners).of(context.Background(), other); got != "" {
+		t.Errorf("the owner of %v is %q, want none", other, got)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := listeners(ctx, 0); err == nil {
+	if _, err := listeners(ctx); err == nil {
 		t.Error("no error when cancelled")
 	}
 	t.Setenv("PATH", t.TempDir())
-	if _, err := listeners(context.Background(), 0); err == nil || !strings.Contains(err.Error(), "lsof") {
+	if _, err := listeners(context.Background()); err == nil || !strings.Contains(err.Error(), "lsof") {
 		t.Errorf("error %v without lsof", err)
 	}
-	if got := portOwner(context.Background(), other); got != "" {
-		t.Errorf("portOwner without lsof: %q", got)
+	if got := new(owners).of(context.Background(), other); got != "" {
+		t.Errorf("the owner without lsof: %q", got)
 	}
 }

@@ -190,7 +190,8 @@ func runCommand(args []string) error {
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
 	stopOnSignal(stop)
-	log := newLogger(os.Stderr, level, *format, func(error) { stop() })
+	log, end := newLogger(os.Stderr, level, *format, func(error) { stop() })
+	defer end()
 	return run(ctx, runOptions{host: h, dir: dir, flags: flags, retry: *retry, log: log})
 }
 

@@ -122,9 +122,8 @@ func (f muxForward) check() error {
 
 // forward has the master do all ops, in order, and returns a result for each: nil, or a *muxError with the
 // master's refusal, or another error for one that makes no sense and was not sent. To open a forward that
-// is open already is well. An err means that the connection is unusable, and which ops were done unknown.
+// is open already is well. The timeout is that of muxChunk ops. An err means that the connection is unusable, and which ops were done unknown.
 func (m *muxConn) forward(ops []muxForward, timeout time.Duration) (results []error, err error) {
-	deadline := time.Now().Add(timeout)
 	results = make([]error, len(ops))
 	for start := 0; start < len(ops); start += muxChunk {
 		end := min(start+muxChunk, len(ops))
@@ -143,7 +142,7 @@ func (m *muxConn) forward(ops []muxForward, timeout time.Duration) (results []er
 			out = append(out, newMuxFrame(typ).u32(ids[i]).u32(local).str(op.listenHost).u32(uint32(op.listenPort)).
 				str(op.connectHost).u32(uint32(op.connectPort)).bytes()...)
 		}
-		if err := m.send(deadline, out); err != nil {
+		if err := m.send(time.Now().Add(timeout), out); err != nil {
 			return nil, fmt.Errorf("send forwards to the ssh master: %w", err)
 		}
 		for i, id := range ids {

@@ -83,13 +83,14 @@ func untilBeat() time.Duration { return beatEvery - time.Since(begun)%beatEvery 
 // is said so.
 type runner struct {
 	runOptions
-	paths paths
-	ssh   sshProgram
-	quit  context.CancelFunc // anybody may end it
-	board *board             // anybody may look
-	state *state
-	msgs  chan message // to the loop, from everybody
-	wg    sync.WaitGroup
+	paths  paths
+	ssh    sshProgram
+	quit   context.CancelFunc // anybody may end it
+	board  *board             // anybody may look
+	owners owners             // anybody may ask
+	state  *state
+	msgs   chan message // to the loop, from everybody
+	wg     sync.WaitGroup
 
 	link     *link // nil while there is no connection, not even an attempt
 	gen      int   // of link
@@ -198,14 +199,9 @@ func (r *runner) loop(ctx context.Context) error {
 			if err := r.take(m); err != nil {
 				return err
 			}
-			for more := true; more; {
-				select {
-				case m := <-r.msgs:
-					if err := r.take(m); err != nil {
-						return err
-					}
-				default:
-					more = false
+			for range len(r.msgs) { // only those: a flood must not keep us here
+				if err := r.take(<-r.msgs); err != nil {
+					return err
 				}
 			}
 		case batches <- r.queue:
@@ -277,7 +273,7 @@ func (r *runner) do(ctx context.Context, a action) {
 			r.send(ctx, gen, probed{a, m.probe(ctx, a.key.local, rtt)})
 		})
 	case findOwner:
-		r.start(func() { r.send(ctx, gen, ownerFound{a.key, portOwner(ctx, a.key.local)}) })
+		r.start(func() { r.send(ctx, gen, ownerFound{a.key, r.owners.of(ctx, a.key.local)}) })
 	}
 }
 

@@ -127,7 +127,9 @@ func (r *report) fromFile(path string, now time.Time) (*snapshot, error) {
 // seenByLsof lists the loopback ports on which an ssh to the host listens. Of the
 // containers behind them nothing is known.
 func seenByLsof(ctx context.Context, h host) []forwardInfo {
-	all, _ := listeners(ctx, 0)
+	ctx, cancel := context.WithTimeout(ctx, lsofTimeout)
+	defer cancel()
+	all, _ := listeners(ctx)
 	args := make(map[int][]string)
 	var found []forwardInfo
 	for _, l := range all {
