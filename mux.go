@@ -195,7 +195,7 @@ func (m *muxConn) reply(rid, want uint32) (muxMsg, error) {
 	case msg.id != rid:
 		return muxMsg{}, fmt.Errorf("mux protocol: reply to request %d instead of %d", msg.id, rid)
 	case msg.typ != want:
-		return muxMsg{}, &muxError{denied: msg.typ == muxDenied, reason: muxReason(msg.text)}
+		return muxMsg{}, &muxError{denied: msg.typ == muxDenied, reason: printable(msg.text, maxText)}
 	}
 	return msg, nil
 }

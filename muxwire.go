@@ -7,8 +7,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"strings"
-	"unicode"
 )
 
 const (
@@ -116,14 +114,4 @@ func decodeMuxMsg(b []byte) (muxMsg, error) {
 		return muxMsg{}, fmt.Errorf("mux protocol: message 0x%08x is cut off", m.typ)
 	}
 	return m, nil
-}
-
-// muxReason makes one short printable line of a refusal.
-func muxReason(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return -1
-		}
-		return r
-	}, s[:min(len(s), 300)])
 }
