@@ -120,7 +120,7 @@ func (m *master) serve(ctx context.Context, batches <-chan []action, report func
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer func() { conn.Close() }()
 	tick := time.NewTimer(untilBeat())
 	defer tick.Stop()
 	for {
@@ -138,7 +138,17 @@ func (m *master) serve(ctx context.Context, batches <-chan []action, report func
 			if replaced(m.control, m.socket) {
 				return fmt.Errorf("somebody removed or replaced %s", m.control)
 			}
-			if _, err := conn.alive(muxTimeout); err != nil {
+			asked := time.Now()
+			_, err := conn.alive(muxTimeout)
+			if err != nil && time.Since(asked) > 2*muxTimeout { // it was us who stood still
+				var again *muxConn
+				if again, err = muxDial(m.control, muxTimeout); err == nil {
+					conn.Close()
+					conn = again
+					_, err = conn.alive(muxTimeout)
+				}
+			}
+			if err != nil {
 				return fmt.Errorf("%w: %w", errMaster, err)
 			}
 		}

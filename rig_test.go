@@ -18,6 +18,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -43,6 +44,9 @@ func TestMain(m *testing.M) {
 	if does := os.Getenv("RDHPF_TEST_ENGINE"); does != "" {
 		beHostileEngine(does)
 		os.Exit(0)
+	}
+	if signal.Ignored(syscall.SIGINT) { // as in a script's background job: the runs would inherit it
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGINT)
 	}
 	code := m.Run()
 	if testing.Verbose() {
