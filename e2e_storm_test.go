@@ -19,8 +19,16 @@ import (
 	"time"
 )
 
-// holding is what a process holds.
-type holding struct{ fds, threads, children int }
+// holding is what a process holds. Of ssh the goroutines are not asked.
+type holding struct{ fds, children, goroutines int }
+
+// holds is what the run and its ssh hold.
+func (p *runProc) holds() (run, ssh holding) {
+	p.t.Helper()
+	run, ssh = holdingOf(p.t, p.cmd.Process.Pid), holdingOf(p.t, p.masterPid())
+	run.goroutines = p.goroutines()
+	return run, ssh
+}
 
 func holdingOf(t *testing.T, pid int) holding {
 	t.Helper()
@@ -28,19 +36,15 @@ func holdingOf(t *testing.T, pid int) holding {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return holding{len(fds), len(tasks), len(children(pid))}
+	return holding{fds: len(fds), children: len(children(pid))}
 }
 
 // returnsTo waits until the run and its ssh hold no more than before.
 func (p *runProc) returnsTo(before, master holding) {
 	p.t.Helper()
 	eventually(p.t, "all that was taken is given back", func() error {
-		now, ssh := holdingOf(p.t, p.cmd.Process.Pid), holdingOf(p.t, p.masterPid())
-		if now.fds > before.fds+2 || now.children > before.children || ssh.fds > master.fds+2 {
+		now, ssh := p.holds()
+		if now.fds > before.fds+2 || now.children > before.children || now.goroutines > before.goroutines+2 || ssh.fds > master.fds+2 {
 			return fmt.Errorf("run %+v, ssh %+v; before %+v, %+v", now, ssh, before, master)
 		}
 		return nil
@@ -56,7 +60,7 @@ func TestE2ERestartStorm(t *testing.T) {
 		boxes = append(boxes, g.boot(t, port+i))
 		boxes[i].answers(port + i)
 	}
-	before, master := holdingOf(t, p.cmd.Process.Pid), holdingOf(t, p.masterPid())
+	before, master := p.holds()
 	var wg sync.WaitGroup
 	for i, b := range boxes {
 		wg.Add(1)
@@ -124,7 +128,7 @@ func TestE2EThousandForwards(t *testing.T) {
 	p.becomes(port, active, "")
 	first.remove()
 	refuses(t, port)
-	before, master := holdingOf(t, p.cmd.Process.Pid), holdingOf(t, p.masterPid())
+	before, master := p.holds()
 	var all []*box
 	for b := 0; b < boxes; b++ {
 		spec := boxSpec{args: []string{"-listen", fmt.Sprintf("1000-%d", 999+each)}}
@@ -221,7 +225,7 @@ func TestE2EFiveHundredConnections(t *testing.T) {
 	b := g.boot(t, port, "-mode", "echo")
 	p := startRun(t, g, "", "-log-level", "debug")
 	p.becomes(port, active, "")
-	before, master := holdingOf(t, p.cmd.Process.Pid), holdingOf(t, p.masterPid())
+	before, master := p.holds()
 	const conns = 500
 	ready := make(chan struct{})
 	errs := make(chan error, conns)

@@ -38,6 +38,7 @@ const patience = 30 * time.Second
 // the race detector when the tests are.
 func TestMain(m *testing.M) {
 	if os.Getenv("RDHPF_TEST_MAIN") == "1" {
+		go countGoroutines()
 		main()
 		os.Exit(0)
 	}
@@ -59,6 +60,15 @@ func TestMain(m *testing.M) {
 		}
 	}
 	os.Exit(code)
+}
+
+// countGoroutines tells on stderr how many there are, at each SIGUSR1.
+func countGoroutines() {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, syscall.SIGUSR1)
+	for range c {
+		fmt.Fprintf(os.Stderr, "goroutines: %d\n", runtime.NumGoroutine())
+	}
 }
 
 // testRig is the rig of this test process.
@@ -595,6 +605,23 @@ func (p *runProc) waitLine(text string) (line string) {
 		return errors.New("there is none")
 	})
 	return line
+}
+
+// goroutines is how many the program has.
+func (p *runProc) goroutines() (n int) {
+	p.t.Helper()
+	const word = "goroutines: "
+	seen := strings.Count(p.log(), word)
+	p.signal(syscall.SIGUSR1)
+	eventually(p.t, "it tells how many goroutines it has", func() error {
+		log := p.log()
+		if strings.Count(log, word) == seen {
+			return errors.New("it does not")
+		}
+		_, err := fmt.Sscan(log[strings.LastIndex(log, word)+len(word):], &n)
+		return err
+	})
+	return n
 }
 
 // never fails when one of the lines so far holds text.

@@ -57,7 +57,7 @@ func TestSoak(t *testing.T) {
 	s.p = startRun(t, s.g, "")
 	s.recovers("start")
 	p := s.p
-	before, master := holdingOf(t, p.cmd.Process.Pid), holdingOf(t, p.masterPid())
+	before, master := p.holds()
 	rss := rssOf(t, p.cmd.Process.Pid)
 	done := make(chan struct{})
 	stopped := make(chan struct{})
@@ -84,13 +84,11 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	s.recovers("end")
-	if s.p == p { // else a process that is younger: what it holds at the end is compared below all the same
-		s.p.returnsTo(before, master)
-	} else {
-		s.p.returnsTo(holding{before.fds, 0, before.children}, master)
-	}
-	s.say("%d MiB streamed in %d connections; memory %d KiB at the start, %d KiB at the end", s.streamed.Load()>>20, s.streams.Load(),
-		rss, rssOf(t, s.p.cmd.Process.Pid))
+	s.p.returnsTo(before, master)
+	after, _ := s.p.holds()
+	s.say("%d MiB streamed in %d connections; %d fds, %d children, %d goroutines, %d KiB of memory at the start; %d, %d, %d, %d KiB at the end",
+		s.streamed.Load()>>20, s.streams.Load(), before.fds, before.children, before.goroutines, rss,
+		after.fds, after.children, after.goroutines, rssOf(t, s.p.cmd.Process.Pid))
 	if now := rssOf(t, s.p.cmd.Process.Pid); now > 2*rss+8<<10 {
 		t.Errorf("memory grew from %d KiB to %d KiB", rss, now)
 	}
