@@ -161,6 +161,9 @@ func (r *runner) loop(ctx context.Context) error {
 	for {
 		now := time.Now()
 		if r.link == nil && !r.retryAt.After(now) {
+			if err := r.keepFiles(ctx); err != nil { // who lost the lock must not touch the control socket
+				return err
+			}
 			r.connect(ctx)
 		}
 		acts, wake := r.state.plan(now)
