@@ -100,11 +100,10 @@ func TestE2EManyEventsMissed(t *testing.T) {
 	stays.answers(port)
 	goes.answers(port + 1)
 	p.signal(syscall.SIGSTOP)
-	for n := 0; n < 75; n++ { // four events each
-		goes.do("pause")
-		goes.do("unpause")
+	t.Cleanup(func() { p.signal(syscall.SIGCONT) })
+	for n := 0; n < 300; n++ { // an engine replays 256
 		goes.rename(fmt.Sprintf("%s-%d", goes.name[:4], n))
-		if n%25 == 0 {
+		if n%100 == 0 {
 			goes.do("restart?t=0")
 		}
 	}
@@ -167,6 +166,18 @@ func TestE2EThousandForwards(t *testing.T) {
 		}()
 	}
 	wg.Wait()
+	for until := time.Now().Add(10 * patience); ; time.Sleep(100 * time.Millisecond) { // for the engine, that takes its time
+		var list []struct{ ID string }
+		if err := g.call("GET", "/containers/json", nil, &list); err != nil {
+			t.Fatal(err)
+		}
+		if len(list) == 0 {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatalf("the engine still lists %d containers", len(list))
+		}
+	}
 	eventually(t, "all thousand are gone", func() error {
 		if n := len(p.status().Forwards); n > 0 {
 			return fmt.Errorf("%d are left", n)
