@@ -155,9 +155,24 @@ func (m *master) serve(ctx context.Context, batches <-chan []action, report func
 	}
 }
 
-// probe connects to the local end and reads: what closes at once has nobody
-// behind it. It sends nothing.
+// probe finds out whether something answers behind the local end. That the server
+// refuses is known from a word on ssh's stderr, which may be about another
+// connection: so it is asked a second time, while no other probe is under way.
 func (m *master) probe(ctx context.Context, local netip.AddrPort, rtt time.Duration) probeResult {
+	m.probes.RLock()
+	result := m.probeOnce(ctx, local, rtt)
+	m.probes.RUnlock()
+	if result == probeRefused {
+		m.probes.Lock()
+		defer m.probes.Unlock()
+		result = m.probeOnce(ctx, local, rtt)
+	}
+	return result
+}
+
+// probeOnce connects to the local end and reads: what closes at once has nobody
+// behind it. It sends nothing.
+func (m *master) probeOnce(ctx context.Context, local netip.AddrPort, rtt time.Duration) probeResult {
 	before := m.prohibited.Load()
 	var d net.Dialer
 	ctx, cancel := context.WithTimeout(ctx, probeHold+rtt)

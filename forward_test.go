@@ -199,6 +199,7 @@ func TestProbe(t *testing.T) {
 		{"sends data", func(c *net.TCPConn, _ *master) { c.Write([]byte("220 hello\r\n")); stay(c) }, time.Hour, probeAnswered},
 		{"sends data and closes", func(c *net.TCPConn, _ *master) { c.Write([]byte("x")) }, time.Hour, probeAnswered},
 		{"refused", func(_ *net.TCPConn, m *master) { m.prohibited.Add(1) }, time.Minute, probeRefused},
+		{"another connection is refused", func(_ *net.TCPConn, m *master) { m.prohibited.CompareAndSwap(3, 4) }, time.Minute, probeSilent},
 		{"refused before, not now", func(*net.TCPConn, *master) {}, time.Minute, probeSilent},
 	} {
 		t.Run(c.name, func(t *testing.T) {

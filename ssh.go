@@ -81,6 +81,7 @@ type master struct {
 	done    chan struct{} // closed when the process has been waited for
 
 	prohibited atomic.Int64 // connections that the server refused to make
+	probes     sync.RWMutex // held by those that are under way
 
 	mu   sync.Mutex
 	said []string // the last lines on stderr
