@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"time"
 )
@@ -39,7 +40,7 @@ func call(path, method string, result any) error {
 	if _, err := fmt.Fprintf(conn, `{"method":%q,"params":{}}`+"\n", method); err != nil {
 		return err
 	}
-	return readReply(bufio.NewReaderSize(conn, 1<<20), result)
+	return readReply(bufio.NewReaderSize(io.LimitReader(conn, maxStateFile), 1<<20), result)
 }
 
 // readReply reads one answer in the plain dialect into result, a pointer.

@@ -59,7 +59,7 @@ func (c *cursor) forwards() (list []forwardInfo, ok bool) {
 	if !c.eat('[') {
 		return nil, false
 	}
-	list = make([]forwardInfo, 0, strings.Count(c.rest, "{"))
+	list = make([]forwardInfo, 0, min(strings.Count(c.rest, "{"), 1000)) // the text is not to be trusted
 	for more := !c.eat(']'); more; {
 		list = append(list, forwardInfo{})
 		if !c.forward(&list[len(list)-1]) {

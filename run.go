@@ -41,8 +41,8 @@ func run(ctx context.Context, o runOptions) error {
 	if err := p.check(); err != nil {
 		return err
 	}
-	runtime.GOMAXPROCS(1) // there is little to do, and each further one costs memory
-	debug.SetGCPercent(50)
+	runtime.GOMAXPROCS(1)  // there is little to do, and each further one costs memory
+	debug.SetGCPercent(50) // nor is there much garbage
 	ssh, err := findSSH()
 	if err != nil {
 		return err
