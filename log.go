@@ -10,7 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -29,7 +28,7 @@ func newLogger(w io.Writer, level slog.Level, format string, broken func(error))
 		if format == "json" {
 			return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
 		}
-		return &lineHandler{w: w, mu: new(sync.Mutex), level: level}
+		return &lineHandler{w: w, level: level}
 	}
 	q := &lineQueue{lines: make(chan []byte, maxLines)}
 	ended := make(chan struct{})
@@ -68,10 +67,10 @@ func (q *lineQueue) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// lineHandler prints "15:04:05 message", with the level where it is not info.
+// lineHandler prints "15:04:05 message", with the level where it is not info, in
+// one write.
 type lineHandler struct {
 	w     io.Writer
-	mu    *sync.Mutex
 	level slog.Level
 	attrs []slog.Attr
 }
@@ -109,8 +108,6 @@ func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 		r.Attrs(add)
 	}
 	b.WriteByte('\n')
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	_, err := io.WriteString(h.w, b.String())
 	return err
 }
