@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -142,41 +141,20 @@ func TestE2EHostileConfig(t *testing.T) {
 // What an earlier run can have left in the way.
 func TestE2EStaleControlSocket(t *testing.T) {
 	g := needRig(t)
-	listen := func(t *testing.T, path string) *net.UnixListener {
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		l.SetUnlinkOnClose(false)
-		t.Cleanup(func() { l.Close() })
-		return l
-	}
 	for _, c := range []struct {
 		name string
 		make func(t *testing.T, path string) (check func())
 	}{
 		{"dead", func(t *testing.T, path string) func() {
-			listen(t, path).Close()
+			listenUnix(t, path).Close()
 			return nil
 		}},
 		{"mute", func(t *testing.T, path string) func() {
-			listen(t, path)
+			listenUnix(t, path)
 			return nil
 		}},
 		{"orphan", func(t *testing.T, path string) func() {
-			cmd := exec.Command(filepath.Join(g.env["RIG_BIN"], "ssh"), "-M", "-N", "-S", path, "-o", "ControlPersist=no", g.env["RIG_HOST"])
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			ended := make(chan struct{})
-			go func() {
-				cmd.Wait()
-				close(ended)
-			}()
-			t.Cleanup(func() {
-				cmd.Process.Kill()
-				<-ended
-			})
+			_, ended := testProcess(t, new(testLog), filepath.Join(g.env["RIG_BIN"], "ssh"), "-M", "-N", "-S", path, "-o", "ControlPersist=no", g.env["RIG_HOST"])
 			eventually(t, "the orphan is there", func() error {
 				_, err := os.Lstat(path)
 				return err
@@ -396,10 +374,7 @@ func TestE2EPartition(t *testing.T) {
 			born.answers(port + 2)
 			refuses(t, port+1)
 			took(c.command+" "+c.heal+": all answers", healed)
-			p.signal(syscall.SIGTERM)
-			p.exits(0)
-			g.endConnections(t) // the cut one would last until TCP gives it up
-			p.leftNothing()
+			p.stopsAfterCut()
 		})
 	}
 }
@@ -431,10 +406,7 @@ func TestE2EBriefPartition(t *testing.T) {
 			p.becomes(port, active, "")
 			p.becomes(port+2, active, "")
 			took("partition of "+length.String()+": all active", healed)
-			p.signal(syscall.SIGTERM)
-			p.exits(0)
-			g.endConnections(t) // a cut one would last until TCP gives it up
-			p.leftNothing()
+			p.stopsAfterCut()
 		})
 	}
 }

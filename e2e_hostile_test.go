@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -228,15 +227,6 @@ func TestE2ESocketSwapped(t *testing.T) {
 	g := needRig(t)
 	p := startRun(t, g, "")
 	path := p.paths().socket
-	another := func(path string) *net.UnixListener {
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		l.SetUnlinkOnClose(false)
-		t.Cleanup(func() { l.Close() })
-		return l
-	}
 	answers := func() {
 		t.Helper()
 		eventually(t, "the instance answers", func() error {
@@ -244,7 +234,7 @@ func TestE2ESocketSwapped(t *testing.T) {
 			return call(path, "health", &h)
 		})
 	}
-	for _, swap := range []func(){func() {}, func() { another(path) }, func() { another(path).Close() }} {
+	for _, swap := range []func(){func() {}, func() { listenUnix(t, path) }, func() { listenUnix(t, path).Close() }} {
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
 		}
@@ -256,7 +246,7 @@ func TestE2ESocketSwapped(t *testing.T) {
 	p.waitLine("somebody removed or replaced " + path + ": made again")
 
 	elsewhere := filepath.Join(p.dir, "elsewhere")
-	another(elsewhere)
+	listenUnix(t, elsewhere)
 	if err := errors.Join(os.Remove(path), os.Symlink(elsewhere, path)); err != nil {
 		t.Fatal(err)
 	}
@@ -272,7 +262,7 @@ func TestE2ESocketSwapped(t *testing.T) {
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	another(path)
+	listenUnix(t, path)
 	p.signal(syscall.SIGTERM)
 	p.exits(0)
 	if _, err := os.Lstat(path); err != nil {

@@ -135,10 +135,7 @@ func TestE2EPartitionStatus(t *testing.T) {
 	if !f.CreatedAt.Equal(created) {
 		t.Error("created_at did not survive the reconnect")
 	}
-	p.signal(syscall.SIGTERM)
-	p.exits(0)
-	g.endConnections(t) // the cut one would last until TCP gives it up
-	p.leftNothing()
+	p.stopsAfterCut()
 }
 
 // With -retry a first connection may fail, and nothing is given up; a server

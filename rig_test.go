@@ -658,6 +658,16 @@ func (p *runProc) exits(code int) {
 	}
 }
 
+// stopsAfterCut ends a run whose connections were cut meanwhile: on the remote
+// host those would last until TCP gives them up.
+func (p *runProc) stopsAfterCut() {
+	p.t.Helper()
+	p.signal(syscall.SIGTERM)
+	p.exits(0)
+	p.rig.endConnections(p.t)
+	p.leftNothing()
+}
+
 // leftNothing waits until nothing of an ended run is left: no process, no
 // socket, no listener, nothing of it on the remote host.
 func (p *runProc) leftNothing() { p.leftNothingBut(false) }
@@ -752,6 +762,18 @@ func children(parent int) (all []int) {
 		}
 	}
 	return all
+}
+
+// listenUnix takes a path for a socket, which stays when it is closed.
+func listenUnix(t *testing.T, path string) *net.UnixListener {
+	t.Helper()
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	t.Cleanup(func() { l.Close() })
+	return l
 }
 
 // listenOn takes a local port.

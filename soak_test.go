@@ -102,10 +102,7 @@ func TestSoak(t *testing.T) {
 		slices.Sort(all)
 		s.say("%-28s %3d times, median %v, most %v", name, len(all), all[len(all)/2].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond))
 	}
-	s.p.signal(syscall.SIGTERM)
-	s.p.exits(0)
-	s.g.endConnections(t) // those that were cut would last until TCP gives them up
-	s.p.leftNothing()
+	s.p.stopsAfterCut()
 }
 
 // say prints at once: a soak that is cut short has told what it did.

@@ -126,28 +126,26 @@ func (p *plain) stop() {
 	p.b.finish(p.cmd, syscall.SIGTERM)
 }
 
-// allActive waits until rdhpf says so.
-func (f *forwarder) allActive() error {
-	cmd := exec.Command(f.cmd.Path, "status", "-host", f.host, "-wait", patience.String())
+// tell runs another command of rdhpf.
+func (f *forwarder) tell(args ...string) error {
+	cmd := exec.Command(f.cmd.Path, args...)
 	cmd.Env = f.cmd.Env
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%v: %w: %.2000s", cmd.Args, err, out)
+		return fmt.Errorf("%v: %w: %.2000s", args, err, out)
 	}
 	return nil
+}
+
+// allActive waits until rdhpf says so.
+func (f *forwarder) allActive() error {
+	return f.tell("status", "-host", f.host, "-wait", patience.String())
 }
 
 // statusCost compares `rdhpf status` with `rdhpf version`, the least that a
 // command can take.
 func (f *forwarder) statusCost(figure string, goal float64) (row, error) {
 	run := func(args ...string) (time.Duration, error) {
-		cmd := exec.Command(f.cmd.Path, args...)
-		cmd.Env = f.cmd.Env
-		return timed(func() error {
-			if out, err := cmd.CombinedOutput(); err != nil {
-				return fmt.Errorf("%v: %w: %s", args, err, out)
-			}
-			return nil
-		})
+		return timed(func() error { return f.tell(args...) })
 	}
 	var status, version samples
 	var ratios []float64
