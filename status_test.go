@@ -1,18 +1,15 @@
 package main
 
-// Tests of rdhpf status as a process of its own: what it finds out from the
-// socket, else the file, else lsof, and its exit statuses. The instances that it
-// looks at have the lock, the socket and the file of one, and a state that the
-// test posts.
-
 import (
 	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -23,7 +20,13 @@ import (
 	"testing"
 	"time"
 	"unicode"
+	"unicode/utf8"
 )
+
+// Tests of rdhpf status as a process of its own: what it finds out from the
+// socket, else the file, else lsof, and its exit statuses. The instances that it
+// looks at have the lock, the socket and the file of one, and a state that the
+// test posts.
 
 const (
 	instanceEnv = "RDHPF_TEST_INSTANCE" // the host: be an instance for it, in RDHPF_DIR
@@ -729,4 +732,696 @@ func TestHealthCommand(t *testing.T) {
 	i.kill()
 	rdhpf(t, dir, "health").is(t, 3, "", `No running instance found.*`)
 	rdhpf(t, dir, "health", "-json").is(t, 3, "", `No running instance found.*`)
+}
+
+// Golden tests of what a person and a script are shown: go test -run Table
+// -update writes testdata/*.golden anew. An escape character is ␛ there.
+
+var updateGolden = flag.Bool("update", false, "write testdata/*.golden anew")
+
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	got = bytes.ReplaceAll(got, []byte("\x1b"), []byte("␛"))
+	path := filepath.Join("testdata", name+".golden")
+	if *updateGolden {
+		if err := os.MkdirAll("testdata", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("%s:\n--- got\n%s\n--- want\n%s", path, got, want)
+	}
+}
+
+// tableNow is when the goldens are looked at.
+var tableNow = time.Date(2025, 11, 27, 15, 30, 45, 0, time.UTC)
+
+func ago(d time.Duration) time.Time { return tableNow.Add(-d) }
+
+// tableSnapshot is that of the design: one forward of each status.
+func tableSnapshot() *snapshot {
+	event := ago(45 * time.Second)
+	return &snapshot{
+		Version: stateVersion, Host: "ssh://user@host", PID: 12345, StartedAt: ago(30*time.Minute + 45*time.Second), UpdatedAt: tableNow,
+		Connection: connection{State: connected, Since: ago(30 * time.Minute)}, Engine: "Docker/20.10.24 (linux)", LastEventAt: &event,
+		Warnings: []string{}, Skipped: []skippedPort{},
+		Forwards: []forwardInfo{
+			{ContainerID: "abc123def456", LocalPort: 8080, RemotePort: 8080, Status: active,
+				CreatedAt: ago(2*time.Minute + 15*time.Second), UpdatedAt: ago(2*time.Minute + 14*time.Second),
+				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "web", ContainerPort: 80, Image: "nginx:1.27", Service: "web"},
+			{ContainerID: "789abc123abc", LocalPort: 5432, RemotePort: 5432, Status: conflict, Reason: reasonGivenUp + " (held by postgres, pid 4242)",
+				CreatedAt: ago(90 * time.Second), UpdatedAt: ago(85 * time.Second),
+				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "shop-db-1", ContainerPort: 5432, Image: "postgres:16", Service: "db"},
+			{ContainerID: "def456abc789", LocalPort: 3000, RemotePort: 3000, Status: pending, Reason: reasonSilent,
+				CreatedAt: ago(45 * time.Second), UpdatedAt: ago(44 * time.Second),
+				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "node", ContainerPort: 3000, Image: "node:22"},
+		},
+	}
+}
+
+// hostileText has what a name must not do to a terminal or to the table.
+const hostileText = "a\x1b[31mred\x1b]0;title\a\r\nnext\tcell\u202ebidi\u2066\u200b\ufeff\x9b2J\x7f\xff日本é\u0000z"
+
+func hostileSnapshot() *snapshot {
+	s := tableSnapshot()
+	s.Host, s.Engine, s.Connection = hostileText, hostileText, connection{State: reconnecting, Since: ago(time.Minute), LastError: hostileText}
+	s.Warnings = []string{hostileText}
+	s.Skipped = []skippedPort{{ContainerID: hostileText, Name: hostileText, Port: 53, Protocol: hostileText, Reason: hostileText}}
+	f := &s.Forwards[0]
+	f.ContainerID, f.ContainerName, f.Image, f.Service, f.Reason = hostileText, hostileText, hostileText, hostileText, hostileText
+	f.LocalAddress, f.RemoteAddress = hostileText, hostileText
+	s.Forwards[1].Status = hostileText
+	s.Forwards[2].Reason = strings.Repeat("long\n", 10000)
+	s.clean()
+	return s
+}
+
+func TestTable(t *testing.T) {
+	with := func(change func(*report)) *report {
+		r := &report{snapshot: tableSnapshot(), Source: "socket", Running: true}
+		change(r)
+		return r
+	}
+	plain := with(func(*report) {})
+	addresses := with(func(r *report) {
+		f := r.Forwards
+		f[0].RemoteAddress, f[0].LocalAddress = "::1", "::1"
+		f[1].RemoteAddress = "10.97.0.2"
+		f[2].LocalAddress, f[2].LocalPort, f[2].RemoteAddress = "0.0.0.0", 13000, "fe80::1%eth0"
+	})
+	hostile := with(func(r *report) { r.snapshot = hostileSnapshot() })
+	for _, c := range []struct {
+		name   string
+		report *report
+		style  tableStyle
+	}{
+		{"narrow", plain, tableStyle{}},
+		{"wide", plain, tableStyle{wide: true}},
+		{"colour", plain, tableStyle{colour: true}},
+		{"wide-colour", plain, tableStyle{wide: true, colour: true}},
+		{"addresses", addresses, tableStyle{}},
+		{"addresses-wide", addresses, tableStyle{wide: true}},
+		{"empty", with(func(r *report) { r.Forwards = []forwardInfo{} }), tableStyle{}},
+		{"skipped", with(func(r *report) {
+			r.Skipped = []skippedPort{
+				{"fedcba987654", "agent", 0, "tcp", "host network: the container publishes no ports"},
+				{"abc123def456", "web", 22, "tcp", "named by skip"},
+				{"0123456789ab", "dns", 53, "udp", "SSH carries TCP only"},
+			}
+		}), tableStyle{}},
+		{"paused", with(func(r *report) {
+			r.Paused = true
+			for i := range r.Forwards {
+				r.Forwards[i].Status, r.Forwards[i].Reason = pending, reasonPaused
+			}
+		}), tableStyle{}},
+		{"connecting", with(func(r *report) {
+			r.Connection, r.Forwards = connection{State: connecting, Since: ago(3 * time.Second)}, nil
+		}), tableStyle{}},
+		{"reconnecting", with(func(r *report) {
+			r.Connection = connection{State: reconnecting, Since: ago(75 * time.Second), Reconnects: 3, LastError: "ssh: Timeout, server host not responding."}
+			for i := range r.Forwards {
+				r.Forwards[i].Status, r.Forwards[i].Reason = pending, reasonLost
+			}
+		}), tableStyle{colour: true}},
+		{"degraded", with(func(r *report) {
+			r.snapshot.Warnings = []string{"the remote engine does not answer: EOF", "the state file cannot be written: no space left on device"}
+		}), tableStyle{}},
+		{"long", with(func(r *report) {
+			r.Forwards[1].ContainerName = strings.Repeat("very-", 20) + "long"
+			r.Forwards[1].Image = "registry.example.com:5000/" + strings.Repeat("team/", 10) + "image@sha256:" + strings.Repeat("0123456789abcdef", 4)
+			r.Forwards[1].Reason = strings.Repeat("because ", 30)
+		}), tableStyle{wide: true}},
+		{"hostile", hostile, tableStyle{wide: true}},
+		{"lsof", with(func(r *report) {
+			r.Source, r.Running, r.Stale = "lsof", false, true
+			r.snapshot = &snapshot{Version: stateVersion, Host: "ssh://user@host", UpdatedAt: tableNow, Connection: connection{State: "unknown"},
+				Warnings: []string{}, Skipped: []skippedPort{},
+				Forwards: []forwardInfo{{ContainerID: "unknown", LocalPort: 8080, LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", Status: active}}}
+		}), tableStyle{wide: true}},
+		{"clock-behind", with(func(r *report) { r.Forwards[0].CreatedAt = tableNow.Add(time.Hour) }), tableStyle{}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var b bytes.Buffer
+			printTable(&b, c.report, tableNow, c.style)
+			golden(t, c.name, b.Bytes())
+			for _, line := range strings.Split(b.String(), "\n") {
+				if strings.TrimRight(line, " ") != line {
+					t.Errorf("%q ends with spaces", line)
+				}
+			}
+		})
+	}
+	var b bytes.Buffer
+	printTable(&b, hostile, tableNow, tableStyle{wide: true})
+	for _, r := range b.String() {
+		if r != '\n' && !unicode.IsPrint(r) {
+			t.Errorf("%q reaches the terminal", r)
+		}
+	}
+	if got := strings.Count(b.String(), "\n"); got != 2+3+3 {
+		t.Errorf("a hostile snapshot makes %d lines", got)
+	}
+}
+
+func TestReportJSON(t *testing.T) {
+	pretty := func(v any) []byte {
+		var b bytes.Buffer
+		if err := json.Indent(&b, mustJSON(v), "", "  "); err != nil {
+			t.Fatal(err)
+		}
+		b.WriteByte('\n')
+		return b.Bytes()
+	}
+	r := &report{snapshot: tableSnapshot(), Source: "socket", Running: true, warnings: []string{"for a person"}}
+	r.Skipped = []skippedPort{{"0123456789ab", "dns", 53, "udp", "SSH carries TCP only"}}
+	r.snapshot.Warnings = []string{"the remote engine does not answer: EOF"}
+	r.Connection.Reconnects, r.Connection.LastError = 2, "ssh: Connection reset by peer"
+	golden(t, "report.json", pretty(r))
+	golden(t, "hostile.json", pretty(&report{snapshot: hostileSnapshot(), Source: "file", Stale: true}))
+	empty := &snapshot{Host: "ssh://h", UpdatedAt: tableNow}
+	empty.clean()
+	golden(t, "empty.json", pretty(&report{snapshot: empty, Source: "file"}))
+}
+
+// The seed's field names are an interface.
+func TestStateFileNames(t *testing.T) {
+	var file map[string]json.RawMessage
+	if err := json.Unmarshal(mustJSON(tableSnapshot()), &file); err != nil {
+		t.Fatal(err)
+	}
+	var forwards []map[string]json.RawMessage
+	if err := json.Unmarshal(file["forwards"], &forwards); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"version": `"1.0"`, "host": `"ssh://user@host"`, "pid": "12345",
+		"started_at": `"2025-11-27T15:00:00Z"`, "updated_at": `"2025-11-27T15:30:45Z"`} {
+		if got := string(file[name]); got != want {
+			t.Errorf("%s is %s, want %s", name, got, want)
+		}
+	}
+	for name, want := range map[string]string{"container_id": `"789abc123abc"`, "local_port": "5432", "remote_port": "5432", "status": `"conflict"`,
+		"reason": `"port already in use after 5 retry attempts (held by postgres, pid 4242)"`, "created_at": `"2025-11-27T15:29:15Z"`, "updated_at": `"2025-11-27T15:29:20Z"`} {
+		if got := string(forwards[1][name]); got != want {
+			t.Errorf("%s of a forward is %s, want %s", name, got, want)
+		}
+	}
+}
+
+func TestHealthText(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		change func(*snapshot)
+		status string
+	}{
+		{"health-ok", func(s *snapshot) { s.Forwards = s.Forwards[:1] }, "ok"},
+		{"health-no-forwards", func(s *snapshot) { s.Forwards, s.Engine, s.LastEventAt = nil, "", nil }, "ok"},
+		{"health-opening", func(s *snapshot) {
+			s.Forwards = s.Forwards[:1]
+			s.Forwards[0].Status, s.Forwards[0].Reason = pending, reasonProbing
+		}, "ok"},
+		{"health-degraded", func(*snapshot) {}, "degraded"},
+		{"health-paused", func(s *snapshot) {
+			s.Paused = true
+			for i := range s.Forwards {
+				s.Forwards[i].Status, s.Forwards[i].Reason = pending, reasonPaused
+			}
+		}, "degraded"},
+		{"health-engine", func(s *snapshot) {
+			s.Forwards, s.Warnings = s.Forwards[:1], []string{"the remote engine does not answer: EOF"}
+		}, "degraded"},
+		{"health-down", func(s *snapshot) {
+			s.Connection = connection{State: reconnecting, Since: ago(75 * time.Second), LastError: "ssh: Connection reset by peer"}
+			for i := range s.Forwards {
+				s.Forwards[i].Status, s.Forwards[i].Reason = pending, reasonLost
+			}
+		}, "down"},
+		{"health-starting", func(s *snapshot) {
+			s.Connection, s.Forwards, s.StartedAt = connection{State: connecting, Since: ago(time.Second)}, nil, ago(time.Second)
+		}, "down"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := tableSnapshot()
+			c.change(s)
+			h := s.health(tableNow)
+			if h.Status != c.status {
+				t.Errorf("status is %s, want %s", h.Status, c.status)
+			}
+			var b bytes.Buffer
+			printHealth(&b, &h, tableNow)
+			golden(t, c.name, b.Bytes())
+		})
+	}
+	h := tableSnapshot().health(tableNow)
+	var b bytes.Buffer
+	if err := json.Indent(&b, mustJSON(h), "", "  "); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "health.json", append(b.Bytes(), '\n'))
+}
+
+func TestAgeText(t *testing.T) {
+	const day = 24 * time.Hour
+	for d, want := range map[time.Duration]string{
+		0: "0s", 1: "0s", time.Second - 1: "0s", time.Second: "1s", 45 * time.Second: "45s", 59*time.Second + 999*time.Millisecond: "59s",
+		time.Minute: "1m0s", 2*time.Minute + 15*time.Second: "2m15s", time.Hour - time.Second: "59m59s",
+		time.Hour: "1h0m", 3*time.Hour + 4*time.Minute + 59*time.Second: "3h4m", day - time.Second: "23h59m",
+		day: "1d0h", 2*day + 5*time.Hour: "2d5h", 400*day + 23*time.Hour: "400d23h",
+		-1: "0s", -time.Hour: "0s", math.MinInt64: "0s", math.MaxInt64: "106751d23h",
+	} {
+		if got := ageText(d); got != want {
+			t.Errorf("%d ns: %s, want %s", int64(d), got, want)
+		}
+	}
+}
+
+// Tests of rdhpf status -wait and -watch.
+
+func TestMissingPorts(t *testing.T) {
+	up := func(change func(*report)) *report {
+		r := &report{snapshot: tableSnapshot(), Source: "socket", Running: true}
+		change(r)
+		return r
+	}
+	const db = "127.0.0.1:5432 is conflict (port already in use after 5 retry attempts (held by postgres, pid 4242))"
+	for _, c := range []struct {
+		name   string
+		report *report
+		ports  []uint16
+		want   string
+	}{
+		{"all", up(func(*report) {}), nil, db + "; 127.0.0.1:3000 is pending (port not responding)"},
+		{"active ones", up(func(*report) {}), []uint16{8080}, ""},
+		{"some", up(func(*report) {}), []uint16{8080, 5432, 9999}, db + "; no container publishes 9999"},
+		{"none published", up(func(r *report) { r.Forwards = nil }), nil, ""},
+		{"none published of those", up(func(r *report) { r.Forwards = nil }), []uint16{80}, "no container publishes 80"},
+		{"all active", up(func(r *report) { r.Forwards = r.Forwards[:1] }), nil, ""},
+		{"two of one port, one active", up(func(r *report) { r.Forwards[1].LocalPort = 8080 }), []uint16{8080}, ""},
+		{"two of one port, the other active", up(func(r *report) {
+			r.Forwards[0], r.Forwards[1] = r.Forwards[1], r.Forwards[0]
+			r.Forwards[0].LocalPort = 8080
+		}), []uint16{8080}, ""},
+		{"not connected yet", up(func(r *report) { r.Connection, r.Forwards = connection{State: connecting}, nil }), nil,
+			"the connection to the remote host is not up"},
+		{"reconnecting", up(func(r *report) {
+			r.Connection = connection{State: reconnecting, LastError: "ssh: gone"}
+			r.Forwards = r.Forwards[2:]
+			r.Forwards[0].Reason = reasonLost
+		}), []uint16{3000}, "the connection to the remote host is not up: ssh: gone; 127.0.0.1:3000 is pending (ssh connection lost, reconnecting)"},
+		{"dead", up(func(r *report) { r.Running, r.Stale = false, true }), []uint16{8080}, "no instance is running"},
+		{"stale", up(func(r *report) { r.Stale = true }), []uint16{8080}, "the instance does not answer"},
+	} {
+		if got := strings.Join(missingPorts(c.report, c.ports), "; "); got != c.want {
+			t.Errorf("%s:\n got %s\nwant %s", c.name, got, c.want)
+		}
+	}
+}
+
+func TestStatusWait(t *testing.T) {
+	begin := func(t *testing.T, dir string, args ...string) (end func() answer) {
+		t.Helper()
+		done := make(chan answer, 1)
+		cmd := program(dir, append([]string{"status", "-host", testHost}, args...)...)
+		go func() { done <- runProgram(t, cmd) }()
+		return func() answer {
+			t.Helper()
+			select {
+			case a := <-done:
+				return a
+			case <-time.After(2 * patience):
+				t.Fatal("it does not end")
+				panic("unreachable")
+			}
+		}
+	}
+	t.Run("until it starts and is active", func(t *testing.T) {
+		for _, args := range [][]string{{"-wait", "25s"}, {"-wait", "25s", "8080"}, {"-wait", "25s", "-json", "8080"}} {
+			dir := stateFolder(t)
+			end := begin(t, dir, args...)
+			i := startInstanceWith(t, dir, testHost, tableForwards(pending, reasonSilent))
+			i.post(tableForwards(conflict, reasonGivenUp))
+			i.post(tableForwards(active, ""))
+			a := end()
+			if args[len(args)-2] == "-json" {
+				r := a.trust(t, 0, "socket", true, false)
+				if len(r.Forwards) != 1 || r.Forwards[0].Status != active {
+					t.Errorf("it says %+v", r)
+				}
+			} else {
+				a.is(t, 0, tableActive, "")
+			}
+			i.kill()
+		}
+	})
+	t.Run("active already", func(t *testing.T) {
+		dir := stateFolder(t)
+		i := startInstance(t, dir, testHost)
+		rdhpf(t, dir, "status", "-wait", "25s").is(t, 0, tableActive, "")
+		// Without a socket the file tells.
+		if err := os.Remove(i.paths().socket); err != nil {
+			t.Fatal(err)
+		}
+		rdhpf(t, dir, "status", "-wait", "25s", "8080").is(t, 0, tableActive, "")
+	})
+	t.Run("in vain", func(t *testing.T) {
+		live, dead, empty := stateFolder(t), stateFolder(t), stateFolder(t)
+		startInstanceWith(t, live, testHost, tableForwards(pending, reasonSilent))
+		startInstance(t, dead, testHost).kill()
+		ends := []func() answer{begin(t, live, "-wait", "5s", "8080", "9090"), begin(t, dead, "-wait", "5s"), begin(t, empty, "-wait", "5s", "8080")}
+		for n, want := range []string{`127\.0\.0\.1:8080 is pending \(port not responding\); no container publishes 9090`,
+			"no instance is running", `No running instance found for ssh://me@box\.invalid\. .*`} {
+			ends[n]().is(t, 1, "", `rdhpf: after 5s: `+want+`\n`)
+		}
+	})
+	t.Run("for no host", func(t *testing.T) {
+		rdhpf(t, stateFolder(t), "status", "-wait", "1s").is(t, 1, "", `rdhpf: no instance is running yet: say which one to wait for with -host\n`)
+	})
+}
+
+// watcher is a status -watch whose stdout is no terminal.
+type watcher struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	lines  chan string // of stdout
+	stderr chan string
+	ended  bool
+}
+
+func watchProgram(t *testing.T, dir string, args ...string) *watcher {
+	t.Helper()
+	w := &watcher{t: t, cmd: program(dir, append([]string{"status", "-watch"}, args...)...), lines: make(chan string, 1000), stderr: make(chan string, 1000)}
+	out, err := w.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	errs, err := w.cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	read := func(r io.Reader, lines chan<- string) {
+		defer close(lines)
+		for s := bufio.NewScanner(r); s.Scan(); {
+			lines <- s.Text()
+		}
+	}
+	go read(out, w.lines)
+	go read(errs, w.stderr)
+	t.Cleanup(func() {
+		if !w.ended {
+			w.cmd.Process.Kill()
+			w.rest()
+		}
+	})
+	return w
+}
+
+// rest is what it says until it ends.
+func (w *watcher) rest() (stdout, stderr []string) {
+	w.ended = true
+	for line := range w.lines {
+		stdout = append(stdout, line)
+	}
+	for line := range w.stderr {
+		stderr = append(stderr, line)
+	}
+	w.cmd.Wait()
+	return stdout, stderr
+}
+
+// line is the next line of stdout or stderr.
+func (w *watcher) line(of <-chan string) string {
+	w.t.Helper()
+	select {
+	case line, ok := <-of:
+		if !ok {
+			w.t.Fatal("it ended")
+		}
+		return line
+	case <-time.After(patience):
+		w.t.Fatal("no line comes")
+	}
+	return ""
+}
+
+// interrupt ends it; nothing more may be printed.
+func (w *watcher) interrupt(sig syscall.Signal) {
+	w.t.Helper()
+	if err := w.cmd.Process.Signal(sig); err != nil {
+		w.t.Fatal(err)
+	}
+	stdout, stderr := w.rest()
+	if len(stdout) > 0 || w.cmd.ProcessState.ExitCode() != 0 {
+		w.t.Errorf("at the end %q, %q, %v", stdout, stderr, w.cmd.ProcessState)
+	}
+}
+
+// awaitNone waits until it says that there is no instance.
+func (w *watcher) awaitNone() {
+	w.t.Helper()
+	for !strings.Contains(w.line(w.stderr), "No running instance found for ") {
+	}
+}
+
+func TestWatchJSON(t *testing.T) {
+	dir := stateFolder(t)
+	i := startInstanceWith(t, dir, testHost, tableForwards(pending, reasonProbing))
+	w := watchProgram(t, dir, "-json", "-host", testHost)
+	// A file is written meanwhile, every 2 s, which is no change.
+	next := func(source string, running bool, status, reason string) {
+		t.Helper()
+		r := answer{stdout: w.line(w.lines)}.report(t)
+		if r.Source != source || r.Running != running || r.Stale == running || len(r.Forwards) != 1 || r.Forwards[0].Status != status || r.Forwards[0].Reason != reason {
+			t.Errorf("it says %+v; want %s, running %v, %s, %q", r, source, running, status, reason)
+		}
+	}
+	next("socket", true, pending, reasonProbing)
+	i.post(tableForwards(active, ""))
+	next("socket", true, active, "")
+	i.post(tableForwards(conflict, reasonGivenUp))
+	next("socket", true, conflict, reasonGivenUp)
+	eventually(t, "the file has the change", func() error {
+		snap, _, err := readState(i.paths().state)
+		if err == nil && snap.Forwards[0].Status != conflict {
+			err = errors.New("it has not")
+		}
+		return err
+	})
+	i.kill()
+	next("file", false, conflict, reasonGivenUp)
+	i = startInstance(t, dir, testHost)
+	for {
+		r := answer{stdout: w.line(w.lines)}.report(t)
+		if r.Source == "socket" && len(r.Forwards) == 1 && r.Forwards[0].Status == active {
+			break
+		}
+	}
+	i.end()
+	w.awaitNone()
+	i = startInstance(t, dir, testHost) // and comes back
+	for {
+		r := answer{stdout: w.line(w.lines)}.report(t)
+		if r.Source == "socket" && r.PID == i.cmd.Process.Pid && len(r.Forwards) == 1 {
+			break
+		}
+	}
+	w.interrupt(syscall.SIGTERM)
+}
+
+func TestWatchText(t *testing.T) {
+	dir := stateFolder(t)
+	i := startInstance(t, dir, testHost)
+	w := watchProgram(t, dir) // the one that runs
+	block := func() string {
+		t.Helper()
+		var b strings.Builder
+		for {
+			line := w.line(w.lines)
+			if line == "" {
+				return b.String()
+			}
+			fmt.Fprintln(&b, line)
+		}
+	}
+	answer{stdout: block()}.is(t, 0, tableActive, "")
+	i.post(tableForwards(pending, "\x1b[31m"+reasonSilent))
+	answer{stdout: block()}.is(t, 0, tableHead+`abc123def456 .* pending .* \[31mport not responding\n`, "")
+	i.end()
+	w.awaitNone()
+	startInstance(t, dir, testHost)
+	answer{stdout: block()}.is(t, 0, tableHead+`(abc123def456 .*active[^\n]*|Not connected: connecting for [^\n]*)\n`, "")
+	w.cmd.Process.Kill()
+	w.rest()
+	rdhpf(t, stateFolder(t), "status", "-watch").is(t, 3, "", `No running instance found\. .*`)
+}
+
+// terminal is a shell in a tmux of its own.
+type terminal struct {
+	t      *testing.T
+	socket string
+}
+
+func (m *terminal) tmux(args ...string) string {
+	m.t.Helper()
+	cmd := exec.Command("tmux", append([]string{"-S", m.socket, "-f", "/dev/null"}, args...)...)
+	cmd.Env = append(cleanEnv(), "TERM=xterm-256color", "LC_ALL=C.UTF-8", "SHELL=/bin/sh")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		m.t.Fatalf("tmux %q: %v: %s", args, err, out)
+	}
+	return string(out)
+}
+
+func (m *terminal) screen() string {
+	m.t.Helper()
+	return strings.TrimRight(m.tmux("capture-pane", "-p"), "\n")
+}
+
+// shows waits until the screen is as ok wants it.
+func (m *terminal) shows(what string, ok func(screen string) bool) string {
+	m.t.Helper()
+	var screen string
+	eventually(m.t, what, func() error {
+		if screen = m.screen(); !ok(screen) {
+			return fmt.Errorf("the screen is\n%s", screen)
+		}
+		return nil
+	})
+	return screen
+}
+
+func (m *terminal) flag(name string) string {
+	m.t.Helper()
+	return strings.TrimSpace(m.tmux("display-message", "-p", "#{"+name+"}"))
+}
+
+func TestWatchScreen(t *testing.T) {
+	needTool(t, "tmux")
+	dir := stateFolder(t)
+	i := startInstance(t, dir, testHost)
+	script := "#!/bin/sh\nexec env -i PATH=\"$PATH\" TERM=xterm-256color HOME=/nonexistent RDHPF_TEST_MAIN=1 GORACE=atexit_sleep_ms=10 RDHPF_DIR='" +
+		dir + "' '" + testExe + "' \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(dir, "rdhpf"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	m := &terminal{t, filepath.Join(dir, "tmux")}
+	m.tmux("new-session", "-d", "-x", "100", "-y", "12", "cd '"+dir+"' && PS1='prompt> ' exec sh -i")
+	t.Cleanup(func() { exec.Command("tmux", "-S", m.socket, "kill-server").Run() })
+	m.shows("a prompt", func(s string) bool { return strings.HasPrefix(s, "prompt>") })
+	m.tmux("send-keys", "echo earlier; echo work", "Enter")
+	m.shows("earlier work", func(s string) bool { return strings.HasSuffix(s, "earlier\nwork\nprompt>") })
+	watch := "./rdhpf status -watch; echo status=$?"
+	m.tmux("send-keys", watch)
+	before := m.shows("the command", func(s string) bool { return strings.HasSuffix(s, watch) })
+	m.tmux("send-keys", "Enter")
+	head := func(s string) bool {
+		lines := strings.Split(s, "\n")
+		return len(lines) > 3 && strings.HasPrefix(lines[0], testHost+"  ") && lines[1] == "" && strings.HasPrefix(lines[2], "CONTAINER ID") &&
+			strings.HasPrefix(lines[3], "----")
+	}
+	first := m.shows("a screen of its own", func(s string) bool {
+		return head(s) && strings.Contains(s, "active") && !strings.Contains(s, "earlier")
+	})
+	if alternate, cursor := m.flag("alternate_on"), m.flag("cursor_flag"); alternate != "1" || cursor != "0" {
+		t.Errorf("alternate screen %s, cursor %s", alternate, cursor)
+	}
+	if coloured := m.tmux("capture-pane", "-p", "-e"); !strings.Contains(coloured, "\x1b[32mactive\x1b[39m") {
+		t.Errorf("no green in %q", coloured)
+	}
+	m.shows("the time goes on", func(s string) bool { return head(s) && s != first })
+	i.post(tableForwards(pending, "port not responding"))
+	m.shows("the change", func(s string) bool {
+		return head(s) && strings.Contains(s, "port not responding") && !strings.Contains(s, "active")
+	})
+	i.post(tableForwards(conflict, ""))
+	m.shows("the shorter line is all of it", func(s string) bool {
+		return head(s) && strings.Contains(s, "conflict") && !strings.Contains(s, "responding")
+	})
+	var many []string
+	for n := range 40 {
+		many = append(many, fmt.Sprintf(`{"container_id": "%012d", "status": "pending", "local_port": %d, "reason": "n%d"}`, n, 1000+n, n))
+	}
+	i.post(`{"connection": {"state": "connected"}, "forwards": [` + strings.Join(many, ",") + `]}`)
+	m.shows("as much as there is room for", func(s string) bool {
+		return head(s) && strings.Contains(s, " n6\n") && strings.HasSuffix(s, "\n…")
+	})
+	// Longer than the screen is wide: the first lines stay in sight.
+	i.post(`{"connection": {"state": "connected"}, "forwards": [` + strings.ReplaceAll(strings.Join(many[:8], ","), `"reason": "`, `"reason": "`+strings.Repeat("long ", 40)) + `]}`)
+	m.shows("long lines", func(s string) bool { return head(s) && strings.Contains(s, "long long") })
+	m.tmux("resize-window", "-x", "60", "-y", "8")
+	m.shows("a smaller screen", head)
+	m.tmux("resize-window", "-x", "100", "-y", "12")
+	i.end()
+	m.shows("that there is none", func(s string) bool { return strings.HasPrefix(s, "No running instance found") })
+	m.tmux("send-keys", "C-c")
+	after := m.shows("the screen as it was", func(s string) bool { return strings.HasSuffix(s, "status=0\nprompt>") })
+	if got := strings.TrimSuffix(strings.ReplaceAll(after, "^C", ""), "\nstatus=0\nprompt>"); strings.TrimRight(got, "\n") != before {
+		t.Errorf("before\n%s\n-- after\n%s", before, after)
+	}
+	if alternate, cursor := m.flag("alternate_on"), m.flag("cursor_flag"); alternate != "0" || cursor != "1" {
+		t.Errorf("after it: alternate screen %s, cursor %s", alternate, cursor)
+	}
+}
+
+// sameSnapshot checks that in is read as encoding/json reads it.
+func sameSnapshot(t *testing.T, in []byte) {
+	t.Helper()
+	var ours, theirs snapshot
+	err, want := unmarshalSnapshot(string(in), &ours, &ours), json.Unmarshal(in, &theirs)
+	if (err == nil) != (want == nil) {
+		t.Fatalf("%s: error %v, encoding/json %v", in, err, want)
+	}
+	if err == nil && string(mustJSON(ours)) != string(mustJSON(theirs)) {
+		t.Errorf("%s:\n got %s\nwant %s", in, mustJSON(ours), mustJSON(theirs))
+	}
+}
+
+func TestSnapshotJSON(t *testing.T) {
+	at := time.Date(2026, 1, 2, 3, 4, 5, 678, time.UTC)
+	full := forwardInfo{ContainerID: "abc123def456", LocalPort: 8080, RemotePort: 65535, Status: pending, Reason: reasonSilent, CreatedAt: at,
+		UpdatedAt: at.Add(time.Hour), LocalAddress: "127.0.0.1", RemoteAddress: "::1", ContainerName: "web", ContainerPort: 1, Image: "a/b:c", Service: "s"}
+	snap := &snapshot{Version: stateVersion, Host: "ssh://h", UpdatedAt: at, Warnings: []string{`"forwards":[{`}, Forwards: []forwardInfo{full, full}}
+	for _, written := range [][]byte{mustJSON(snap), encodeState(snap)} {
+		_, list, _ := strings.Cut(string(written), `s":`)
+		_, list, _ = strings.Cut(list, `"forwards":`)
+		if found, ok := (&cursor{list}).forwards(); !ok || len(found) != 2 {
+			t.Errorf("what rdhpf writes is left to encoding/json: %s", written)
+		}
+		sameSnapshot(t, written)
+		for i := range written { // torn
+			sameSnapshot(t, written[:i])
+		}
+	}
+	line := string(mustJSON(full))
+	for _, f := range []string{line, line + "," + line, line + ",", line + "]", "", " ", ",", "{}", "null", "[]", `"x"`, "5", `{"local_port":"8080"}`,
+		`{"status":5}`, `{"status":null}`, `{"local_port":null}`, `{"local_port":}`, `{"local_port":70000}`, `{"local_port":-1}`, `{"local_port":1.5}`,
+		`{"local_port":1e2}`, `{"local_port":0}`, `{"local_port":+1}`, `{"local_port":01}`, `{"created_at":"yesterday"}`, `{"created_at":5}`,
+		`{"STATUS":"active"}`, `{"status":"a","status":"b"}`, `{"other":[1,{"a":"}"}],"status":"a"}`, `{"reason":"a\"b\\c\u0041"}`, `{"reason":"ü€"}`,
+		`{"reason":"a,b}c"}`, `{"reason":"<&>"}`, `{ "status" : "active" }`, "{\t\"status\":\"active\"}", `{"created_at":"2026-01-02T03:04:05+01:00"}`,
+		`{"status":"a",}`, `{"status":"a"`, `{,}`, `{"status" "a"}`, strings.Replace(line, `"status":"pending"`, `"status":"pend\ning"`, 1)} {
+		for _, in := range []string{`{"forwards":[` + f + `]}`, `{"host":"h","forwards":[` + f + `],"pid":5}`, `{"forwards":[` + f + `],"forwards":[` + line + `]}`,
+			`{"forwards":[` + line + `],"forwards":[` + f + `]}`, `{"forwards":` + f + `}`, `{"a\"forwards":[` + f + `]}`, `{"connection":{"forwards":[` + f + `]}}`} {
+			sameSnapshot(t, []byte(in))
+		}
+	}
+}
+
+func FuzzSnapshotJSON(f *testing.F) {
+	f.Add([]byte(`{"host":"h","forwards":[{"container_id":"a","local_port":1,"created_at":"2026-01-02T03:04:05Z"}],"pid":1}`))
+	f.Add([]byte(`{"forwards": [{"reason":"a\\","status":"}","local_port":0}, {}]}`))
+	f.Add(encodeState(&snapshot{Forwards: []forwardInfo{{Status: active}}}))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		if utf8.Valid(in) { // clean drops what is no UTF-8 from either
+			sameSnapshot(t, in)
+		}
+	})
 }

@@ -1,7 +1,5 @@
 package main
 
-// Tests of the look at a local port before it is opened, and of the probe after.
-
 import (
 	"context"
 	"errors"
@@ -19,6 +17,8 @@ import (
 	"testing"
 	"time"
 )
+
+// Tests of the look at a local port before it is opened, and of the probe after.
 
 const bindHelperEnv = "RDHPF_TEST_BIND"
 

@@ -1,8 +1,5 @@
 package main
 
-// Tests of config.json: what it may say, and that a mistake in it is told with
-// its place.
-
 import (
 	"bytes"
 	"fmt"
@@ -14,6 +11,9 @@ import (
 	"testing"
 	"unicode"
 )
+
+// Tests of config.json: what it may say, and that a mistake in it is told with
+// its place.
 
 const configHost = "ssh://me@box"
 
