@@ -650,6 +650,13 @@ type forwardInfo struct {
 	ContainerPort uint16    `json:"container_port"`
 	Image         string    `json:"image"`
 	Service       string    `json:"service"`
+
+	VerifiedAt      *time.Time `json:"verified_at"` // when something last answered behind the port, null: never
+	Connections     int64      `json:"connections"` // carried so far
+	OpenConnections int64      `json:"open_connections"`
+	BytesIn         int64      `json:"bytes_in"`     // from the remote host
+	BytesOut        int64      `json:"bytes_out"`    // to it
+	LastUsedAt      *time.Time `json:"last_used_at"` // when a connection last moved a byte, or came; null: never
 }
 
 // utc makes t fit to be written: no monotonic clock, no zone.
@@ -698,6 +705,15 @@ type health struct {
 	Connection  connection     `json:"connection"`
 	Engine      string         `json:"engine"`
 	LastEventAt *time.Time     `json:"last_event_at"`
+	Traffic     traffic        `json:"traffic"`
+}
+
+// traffic is what all forwards carried together.
+type traffic struct {
+	Connections     int64 `json:"connections"`
+	OpenConnections int64 `json:"open_connections"`
+	BytesIn         int64 `json:"bytes_in"`
+	BytesOut        int64 `json:"bytes_out"`
 }
 
 // health judges: down without a connection, degraded where anything published
@@ -708,6 +724,10 @@ func (snap *snapshot) health(now time.Time) health {
 	h.Reasons = append(h.Reasons, snap.Warnings...)
 	for _, f := range snap.Forwards {
 		h.Counts[f.Status]++
+		h.Traffic.Connections += f.Connections
+		h.Traffic.OpenConnections += f.OpenConnections
+		h.Traffic.BytesIn += f.BytesIn
+		h.Traffic.BytesOut += f.BytesOut
 		if f.Status != active && f.Reason != reasonProbing && f.Reason != reasonLost && f.Reason != reasonPaused {
 			h.Reasons = append(h.Reasons, fmt.Sprintf("%s %s: %s", f.local(), f.Status, f.Reason))
 		}
