@@ -1,4 +1,4 @@
-# What people and CI run. The rig is a disposable remote Docker host, see rig/README.md.
+# What people and CI run. The rig is a disposable remote Docker host, see e2e/rig/README.md.
 
 .PHONY: build test demo bench faults soak fuzz
 
@@ -8,23 +8,23 @@ build:
 # As root on Debian, what the tests need is installed first; elsewhere they say
 # what they skip. -count=1: a rig is no input that the test cache knows of.
 test:
-	@rig/rig install || { [ -z "$$CI" ] && echo "tests that need the rig will be skipped"; }
+	@e2e/rig/rig install || { [ -z "$$CI" ] && echo "tests that need the rig will be skipped"; }
 	go vet ./...
 	go test -race -count=1 -timeout 30m ./...
 
 demo:
-	@rig/rig install
-	@rig/demo
+	@e2e/rig/rig install
+	@e2e/rig/demo
 
 bench:
-	@rig/rig install
-	go run ./rig/bench
+	@e2e/rig/rig install
+	go run ./e2e/rig/bench
 
 # Every fault FAULTS times over (20), and how long rdhpf took to recover: what
 # happened, how often, median, most. It takes an hour or three.
 faults:
-	@rig/rig install
-	go test -race -count=$${FAULTS:-20} -timeout 12h -run '^TestE2E' -v . | grep -E '^(---|    ---|\||FAIL|ok)'
+	@e2e/rig/rig install
+	go test -race -count=$${FAULTS:-20} -timeout 12h -v ./e2e | grep -E '^(---|    ---|\||FAIL|ok)'
 
 fuzz:
 	@for f in $$(grep -ho 'func Fuzz[A-Za-z0-9]*' *_test.go | cut -d' ' -f2); do \
@@ -32,5 +32,5 @@ fuzz:
 
 # RDHPF_SOAK=5m make soak is a shorter one, RDHPF_SOAK_SEED=N repeats one.
 soak:
-	@rig/rig install
-	RDHPF_SOAK=$${RDHPF_SOAK:-20m} go test -race -count=1 -timeout 2h -run '^TestSoak$$' -v .
+	@e2e/rig/rig install
+	RDHPF_SOAK=$${RDHPF_SOAK:-20m} go test -race -count=1 -timeout 2h -run '^TestSoak$$' -v ./e2e

@@ -181,18 +181,6 @@ func TestProtocolNames(t *testing.T) {
 }
 
 // The README's jq lines, run against a report that has something for each.
-
-// needTool skips the test where a program is missing, or fails it in CI.
-func needTool(t *testing.T, name string) {
-	t.Helper()
-	if _, err := exec.LookPath(name); err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatalf("%s is not installed", name)
-		}
-		t.Skipf("%s is not installed", name)
-	}
-}
-
 func TestReadmeJQ(t *testing.T) {
 	needTool(t, "jq")
 	readme, err := os.ReadFile("README.md")

@@ -2,9 +2,9 @@
 
 // Bench measures rdhpf against a rig of its own and prints a table: what was
 // measured, beside a reference of the same run and the goal. Run it as root
-// from the project's root, where `rig/rig install` has been:
+// from the project's root, where `e2e/rig/rig install` has been:
 //
-//	go run ./rig/bench [-n FACTOR] [-only REGEXP]
+//	go run ./e2e/rig/bench [-n FACTOR] [-only REGEXP]
 //
 // A missed goal is no error. Figures are medians; subject and reference take
 // turns, for the machine is busy with other things too.

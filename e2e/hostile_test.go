@@ -1,4 +1,4 @@
-package main
+package e2e
 
 // What means harm: a remote engine that sends what it should not, and somebody
 // who tampers with the files of a running instance.
@@ -230,8 +230,7 @@ func TestE2ESocketSwapped(t *testing.T) {
 	answers := func() {
 		t.Helper()
 		eventually(t, "the instance answers", func() error {
-			var h health
-			return call(path, "health", &h)
+			return p.ask("health", new(any))
 		})
 	}
 	for _, swap := range []func(){func() {}, func() { listenUnix(t, path) }, func() { listenUnix(t, path).Close() }} {

@@ -1,12 +1,15 @@
-package main
+package e2e
 
 // rig_test.go: what the end-to-end tests stand on: a rig (see rig/README.md),
-// containers on its engine, and this program as a process of its own.
+// containers on its engine, and rdhpf as a process of its own. The tests know of
+// it only what a user can see.
 
 import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,14 +37,10 @@ import (
 // can be busy; nothing waits that long when all is well.
 const patience = 30 * time.Second
 
-// TestMain makes the test binary serve as the program too, so that it is under
-// the race detector when the tests are.
+// program is the rdhpf under test, built by the first test that needs it.
+var program string
+
 func TestMain(m *testing.M) {
-	if os.Getenv("RDHPF_TEST_MAIN") == "1" {
-		go countGoroutines()
-		main()
-		os.Exit(0)
-	}
 	if does := os.Getenv("RDHPF_TEST_ENGINE"); does != "" {
 		beHostileEngine(does)
 		os.Exit(0)
@@ -59,16 +58,29 @@ func TestMain(m *testing.M) {
 			code = 1
 		}
 	}
+	if program != "" {
+		os.RemoveAll(filepath.Dir(program))
+	}
 	os.Exit(code)
 }
 
-// countGoroutines tells on stderr how many there are, at each SIGUSR1.
-func countGoroutines() {
-	c := make(chan os.Signal, 1)
-	signal.Notify(c, syscall.SIGUSR1)
-	for range c {
-		fmt.Fprintf(os.Stderr, "goroutines: %d\n", runtime.NumGoroutine())
+// build makes the program, under the race detector when the tests are.
+func build() error {
+	dir, err := os.MkdirTemp("", "rdhpf-e2e-")
+	if err != nil {
+		return err
 	}
+	program = filepath.Join(dir, "rdhpf")
+	args := []string{"build", "-buildvcs=false", "-o", program} // whoever owns the checkout
+	if raceDetector {
+		args = append(args, "-race")
+	}
+	cmd := exec.Command("go", append(args, ".")...)
+	cmd.Dir = ".."
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go build: %w: %s", err, out)
+	}
+	return nil
 }
 
 // testRig is the rig of this test process.
@@ -93,7 +105,11 @@ func needRig(t *testing.T) *testRig {
 	if testing.Short() {
 		t.Skip("a rig takes long, and this is -short")
 	}
-	theRigOnce.Do(func() { theRigLack, theRigErr = theRig.up() })
+	theRigOnce.Do(func() {
+		if theRigLack, theRigErr = theRig.up(); theRigErr == nil && theRigLack == "" {
+			theRigErr = build()
+		}
+	})
 	if theRigErr != nil {
 		t.Fatal(theRigErr)
 	}
@@ -513,36 +529,25 @@ func (p *runProc) another() *runProc {
 	return &runProc{t: p.t, rig: p.rig, host: p.host, dir: p.dir, args: p.args, env: p.env}
 }
 
-// paths are the files of the run.
+// paths are the files of an instance.
+type paths struct{ lock, state, socket, control string }
+
+// paths are the files of the run, whose host is an alias without user and port.
 func (p *runProc) paths() paths {
-	p.t.Helper()
-	h, err := parseHost(p.host)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	return pathsFor(p.dir, h.String())
+	sum := sha256.Sum256([]byte("ssh://" + p.host))
+	base := filepath.Join(p.dir, base64.URLEncoding.EncodeToString(sum[:])[:12])
+	return paths{base + ".lock", base + ".state.json", base + ".sock", base + ".ctl"}
 }
 
 func (p *runProc) start() {
 	p.t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		p.t.Fatal(err)
-	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	argv := append(append(p.wrap[:len(p.wrap):len(p.wrap)], exe), p.args...)
+	argv := append(append(p.wrap[:len(p.wrap):len(p.wrap)], program), p.args...)
 	p.cmd = exec.Command(argv[0], argv[1:]...)
-	for _, e := range os.Environ() {
-		if !strings.HasPrefix(e, "DOCKER_") && !strings.HasPrefix(e, "RDHPF_") {
-			p.cmd.Env = append(p.cmd.Env, e)
-		}
-	}
-	p.cmd.Env = append(p.cmd.Env, "RDHPF_TEST_MAIN=1", "RDHPF_DIR="+p.dir, "PATH="+p.rig.env["RIG_BIN"]+":"+os.Getenv("PATH"),
-		"GORACE=atexit_sleep_ms=50") // a whole second otherwise, and there are many runs
-	p.cmd.Env = append(p.cmd.Env, p.env...)
+	p.cmd.Env = p.environment()
 	p.cmd.Stderr, p.stderr, p.done = w, r, make(chan struct{})
 	err = p.cmd.Start()
 	w.Close()
@@ -576,6 +581,18 @@ func (p *runProc) start() {
 	})
 }
 
+// environment is that of the run and of the commands that ask it.
+func (p *runProc) environment() (env []string) {
+	for _, e := range os.Environ() {
+		if !strings.HasPrefix(e, "DOCKER_") && !strings.HasPrefix(e, "RDHPF_") {
+			env = append(env, e)
+		}
+	}
+	env = append(env, "RDHPF_DIR="+p.dir, "PATH="+p.rig.env["RIG_BIN"]+":"+os.Getenv("PATH"),
+		"GORACE=atexit_sleep_ms=50") // a whole second otherwise, and there are many runs
+	return append(env, p.env...)
+}
+
 // log is what the program said so far.
 func (p *runProc) log() string {
 	p.mu.Lock()
@@ -605,23 +622,6 @@ func (p *runProc) waitLine(text string) (line string) {
 		return errors.New("there is none")
 	})
 	return line
-}
-
-// goroutines is how many the program has.
-func (p *runProc) goroutines() (n int) {
-	p.t.Helper()
-	const word = "goroutines: "
-	seen := strings.Count(p.log(), word)
-	p.signal(syscall.SIGUSR1)
-	eventually(p.t, "it tells how many goroutines it has", func() error {
-		log := p.log()
-		if strings.Count(log, word) == seen {
-			return errors.New("it does not")
-		}
-		_, err := fmt.Sscan(log[strings.LastIndex(log, word)+len(word):], &n)
-		return err
-	})
-	return n
 }
 
 // never fails when one of the lines so far holds text.
@@ -736,6 +736,36 @@ func (p *runProc) masterPid() int {
 	return 0
 }
 
+// background runs a program that the end of the test kills, and closes ended
+// when it has ended.
+func background(t *testing.T, name string, args ...string) (ended <-chan struct{}) {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		<-done
+	})
+	return done
+}
+
+// ownName is what lsof calls this process.
+func ownName(t *testing.T) string {
+	t.Helper()
+	comm, err := os.ReadFile("/proc/self/comm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(comm))
+}
+
 // pids are the processes of this machine.
 func pids() (all []int) {
 	dirs, _ := filepath.Glob("/proc/[0-9]*")
@@ -785,4 +815,15 @@ func listenOn(t *testing.T, port int) net.Listener {
 	}
 	t.Cleanup(func() { l.Close() })
 	return l
+}
+
+// needTool skips the test where a program is missing, or fails it in CI.
+func needTool(t *testing.T, name string) {
+	t.Helper()
+	if _, err := exec.LookPath(name); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("%s is not installed", name)
+		}
+		t.Skipf("%s is not installed", name)
+	}
 }

@@ -1,6 +1,6 @@
-package main
+package e2e
 
-// e2e_fault_test.go: the program against a real ssh, sshd and engine that fail:
+// fault_test.go: the program against a real ssh, sshd and engine that fail:
 // what it says, and that everything answers again.
 
 import (
@@ -154,7 +154,7 @@ func TestE2EStaleControlSocket(t *testing.T) {
 			return nil
 		}},
 		{"orphan", func(t *testing.T, path string) func() {
-			_, ended := testProcess(t, new(testLog), filepath.Join(g.env["RIG_BIN"], "ssh"), "-M", "-N", "-S", path, "-o", "ControlPersist=no", g.env["RIG_HOST"])
+			ended := background(t, filepath.Join(g.env["RIG_BIN"], "ssh"), "-M", "-N", "-S", path, "-o", "ControlPersist=no", g.env["RIG_HOST"])
 			eventually(t, "the orphan is there", func() error {
 				_, err := os.Lstat(path)
 				return err

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 // The commands that ask a running instance, end to end on the rig.
 
@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,14 +15,20 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // tell runs another command of the program for the run's host.
 func (p *runProc) tell(command string, args ...string) (stdout, stderr string, code int) {
 	p.t.Helper()
-	args = append([]string{command, "-host", p.host}, args...)
-	cmd := exec.Command(os.Args[0], args...)
-	cmd.Env = append(os.Environ(), "RDHPF_TEST_MAIN=1", "RDHPF_DIR="+p.dir, "GORACE=atexit_sleep_ms=0")
+	return p.rdhpf(append([]string{command, "-host", p.host}, args...)...)
+}
+
+// rdhpf runs any command of the program in the environment of the run.
+func (p *runProc) rdhpf(args ...string) (stdout, stderr string, code int) {
+	p.t.Helper()
+	cmd := exec.Command(program, args...)
+	cmd.Env = p.environment()
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
@@ -34,11 +41,92 @@ func (p *runProc) tell(command string, args ...string) (stdout, stderr string, c
 func (p *runProc) status() *report {
 	p.t.Helper()
 	out, errs, _ := p.tell("status", "-json")
-	r := &report{snapshot: &snapshot{}}
+	r := new(report)
 	if err := json.Unmarshal([]byte(out), r); err != nil {
 		p.t.Fatalf("status -json: %v: %q, %q", err, out, errs)
 	}
 	return r
+}
+
+// What `rdhpf status -json` tells, as far as the tests look at it.
+type (
+	report struct {
+		Source     string        `json:"source"`
+		Running    bool          `json:"running"`
+		Stale      bool          `json:"stale"`
+		PID        int           `json:"pid"`
+		Connection connection    `json:"connection"`
+		Engine     string        `json:"engine"`
+		Warnings   []string      `json:"warnings"`
+		Forwards   []forwardInfo `json:"forwards"`
+		Skipped    []skippedPort `json:"skipped"`
+	}
+	connection struct {
+		State      string `json:"state"`
+		Reconnects int    `json:"reconnects"`
+		LastError  string `json:"last_error"`
+	}
+	forwardInfo struct {
+		ContainerID   string    `json:"container_id"`
+		LocalPort     uint16    `json:"local_port"`
+		Status        string    `json:"status"`
+		Reason        string    `json:"reason"`
+		CreatedAt     time.Time `json:"created_at"`
+		UpdatedAt     time.Time `json:"updated_at"`
+		ContainerName string    `json:"container_name"`
+		ContainerPort uint16    `json:"container_port"`
+		Image         string    `json:"image"`
+
+		VerifiedAt      *time.Time `json:"verified_at"`
+		Connections     int64      `json:"connections"`
+		OpenConnections int64      `json:"open_connections"`
+		BytesIn         int64      `json:"bytes_in"`
+		BytesOut        int64      `json:"bytes_out"`
+		LastUsedAt      *time.Time `json:"last_used_at"`
+	}
+	skippedPort struct {
+		Name     string `json:"container_name"`
+		Port     uint16 `json:"port"`
+		Protocol string `json:"protocol"`
+		Reason   string `json:"reason"`
+	}
+)
+
+const (
+	active   = "active"
+	conflict = "conflict"
+	pending  = "pending"
+
+	connecting = "connecting"
+	connected  = "connected"
+
+	reasonProbing = "probing"
+	reasonSilent  = "port not responding"
+	reasonRefused = "refused by the SSH server: administratively prohibited"
+)
+
+// ask sends a request over the instance's socket, as a program would.
+func (p *runProc) ask(method string, result any) error {
+	c, err := net.DialTimeout("unix", p.paths().socket, patience)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	if _, err := fmt.Fprintf(c, `{"method":%q,"params":{}}`+"\n", method); err != nil {
+		return err
+	}
+	reply := struct {
+		Result any     `json:"result"`
+		Error  *string `json:"error"`
+	}{Result: result}
+	if err := json.NewDecoder(c).Decode(&reply); err != nil {
+		return err
+	}
+	if reply.Error != nil {
+		return errors.New(*reply.Error)
+	}
+	return nil
 }
 
 // forward is the forward of a local port, as status has it.
@@ -80,7 +168,7 @@ func TestE2EStatus(t *testing.T) {
 		t.Errorf("status -wait: %d, %q, %q", code, out, errs)
 	}
 	p.becomes(port, active, "")
-	p.becomes(port+1, conflict, fmt.Sprintf("port already in use after 5 retry attempts (held by rdhpf.test, pid %d)", os.Getpid()))
+	p.becomes(port+1, conflict, fmt.Sprintf("port already in use after 5 retry attempts (held by %s, pid %d)", ownName(t), os.Getpid()))
 	p.becomes(port+2, pending, "port not responding")
 
 	out, errs, code = p.tell("status")

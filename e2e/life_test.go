@@ -1,6 +1,6 @@
-package main
+package e2e
 
-// e2e_test.go: the program against a real ssh, sshd and engine, while nothing is
+// life_test.go: the program against a real ssh, sshd and engine, while nothing is
 // amiss: which ports answer when, and that every byte is right.
 
 import (
@@ -398,7 +398,7 @@ func TestE2ECleanStop(t *testing.T) {
 		syscall.Kill(p.masterPid(), syscall.SIGSTOP)
 		p.signal(syscall.SIGINT)
 		eventually(t, "the first signal is heard", func() error {
-			if call(p.paths().socket, "health", new(health)) == nil {
+			if p.ask("health", new(any)) == nil {
 				return errors.New("the socket answers")
 			}
 			return nil
@@ -488,12 +488,8 @@ func TestE2EBusyPort(t *testing.T) {
 	p := startRun(t, g, "")
 	b, other := g.boot(t, port), g.boot(t, port+1)
 	other.answers(port + 1)
-	comm, err := os.ReadFile("/proc/self/comm")
-	if err != nil {
-		t.Fatal(err)
-	}
 	p.waitLine(fmt.Sprintf("warning: %s conflict for %s: port already in use after 5 retry attempts (held by %s, pid %d)",
-		localAddr(port), b.who(), bytes.TrimSpace(comm), os.Getpid()))
+		localAddr(port), b.who(), ownName(t), os.Getpid()))
 	p.never("→ " + b.who())
 	if err := other.answering(port + 1); err != nil {
 		t.Error(err)

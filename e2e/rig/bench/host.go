@@ -54,7 +54,7 @@ func (b *bench) open() (err error) {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("a rig needs root")
 	}
-	if _, err := os.Stat("rig/rig"); err != nil {
+	if _, err := os.Stat("e2e/rig/rig"); err != nil {
 		return fmt.Errorf("run this from the root of the project: %w", err)
 	}
 	b.children = map[*exec.Cmd]bool{}
@@ -69,7 +69,7 @@ func (b *bench) open() (err error) {
 		return fmt.Errorf("go build: %w\n%s", err, out)
 	}
 	b.name = fmt.Sprintf("bench-%d", os.Getpid())
-	up := exec.Command("rig/rig", "up", "-owner", strconv.Itoa(os.Getpid()), b.name)
+	up := exec.Command("e2e/rig/rig", "up", "-owner", strconv.Itoa(os.Getpid()), b.name)
 	up.Stderr = os.Stderr
 	out, err := up.Output()
 	if err != nil {
@@ -99,7 +99,7 @@ func (b *bench) close() {
 		cmd.Process.Kill()
 	}
 	if b.name != "" {
-		down := exec.Command("rig/rig", "down", b.name)
+		down := exec.Command("e2e/rig/rig", "down", b.name)
 		down.Stderr = os.Stderr
 		down.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a second Ctrl-C does not stop it
 		if err := down.Run(); err != nil {
