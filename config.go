@@ -1,5 +1,8 @@
 package main
 
+// What a person sets: which published ports are forwarded, where they listen and under which number. The flags of
+// `rdhpf run` win over what <dir>/config.json says for the host, and that wins over what it says for every host.
+
 import (
 	"bytes"
 	"encoding/json"
@@ -17,100 +20,105 @@ import (
 	"syscall"
 )
 
-// config.go: what a person sets on how ports are forwarded: where to listen,
-// which ports, and under which number. Flags win over the part of config.json
-// for the host, that over its part for all.
+const maxConfigFile = 1 << 20
+
+// bothLoopbacks is where ports listen unless -bind says otherwise: browsers and Node try ::1 first.
+var bothLoopbacks = []netip.Addr{loopback4, loopback6}
 
 // portRange is a range of published ports, both ends included.
 type portRange struct{ first, last uint16 }
 
-// config decides where a published port is forwarded to. It is never changed
-// once in use: a reload makes a new one. What is zero is not set.
+// config decides where a published port is forwarded to. It never changes once in use: a reload makes a new one.
+// A nil field is not set.
 type config struct {
-	bind   netip.Addr
-	mapped map[uint16]uint16 // published port → local port
-	skip   []portRange
-	only   []portRange // empty: all
+	bind    []netip.Addr // empty: both loopbacks
+	mapped  map[uint16]uint16
+	skip    []portRange
+	only    []portRange // empty: every port
+	noProbe []portRange
 }
 
-// over returns c with what is not set in it taken from base. Mappings add up.
-func (c config) over(base config) config {
-	if !c.bind.IsValid() {
-		c.bind = base.bind
+// over returns cfg with whatever it does not set taken from base. Mappings add up.
+func (cfg config) over(base config) config {
+	mapped := make(map[uint16]uint16)
+	maps.Copy(mapped, base.mapped)
+	maps.Copy(mapped, cfg.mapped)
+	cfg.mapped = mapped
+	if cfg.bind == nil {
+		cfg.bind = base.bind
 	}
-	mapped := maps.Clone(base.mapped)
-	if mapped == nil {
-		mapped = make(map[uint16]uint16)
+	if cfg.skip == nil {
+		cfg.skip = base.skip
 	}
-	maps.Copy(mapped, c.mapped)
-	c.mapped = mapped
-	if c.skip == nil {
-		c.skip = base.skip
+	if cfg.only == nil {
+		cfg.only = base.only
 	}
-	if c.only == nil {
-		c.only = base.only
+	if cfg.noProbe == nil {
+		cfg.noProbe = base.noProbe
 	}
-	return c
+	return cfg
 }
 
-func has(ranges []portRange, p uint16) bool {
-	return slices.ContainsFunc(ranges, func(r portRange) bool { return r.first <= p && p <= r.last })
+// addrs returns the addresses to listen on, at least one.
+func (cfg *config) addrs() []netip.Addr {
+	if len(cfg.bind) == 0 {
+		return bothLoopbacks
+	}
+	return cfg.bind
 }
 
-// local returns the local address for a published port, or why it has none.
-func (c *config) local(public uint16) (netip.AddrPort, string) {
+// others returns the addresses to listen on besides the one that local returns.
+func (cfg *config) others() []netip.Addr { return cfg.addrs()[1:] }
+
+// local returns the local address of a published port, or the reason why it has none.
+func (cfg *config) local(public uint16) (netip.AddrPort, string) {
 	switch {
-	case has(c.skip, public):
-		return netip.AddrPort{}, "named by skip"
-	case len(c.only) > 0 && !has(c.only, public):
-		return netip.AddrPort{}, "not named by only"
+	case has(cfg.skip, public):
+		return netip.AddrPort{}, "excluded by -skip"
+	case len(cfg.only) > 0 && !has(cfg.only, public):
+		return netip.AddrPort{}, "not in -only"
 	}
 	local := public
-	if m, ok := c.mapped[public]; ok {
+	if m, ok := cfg.mapped[public]; ok {
 		local = m
 	}
-	return netip.AddrPortFrom(c.bind, local), ""
+	return netip.AddrPortFrom(cfg.addrs()[0], local), ""
+}
+
+func has(ranges []portRange, port uint16) bool {
+	return slices.ContainsFunc(ranges, func(r portRange) bool { return r.first <= port && port <= r.last })
 }
 
 // parsePort reads a port from 1 to 65535.
 func parsePort(s string) (uint16, error) {
 	n, err := strconv.ParseUint(s, 10, 16)
 	if err != nil || n == 0 {
-		return 0, fmt.Errorf("%q is no port: want a number from 1 to 65535", s)
+		return 0, fmt.Errorf("%q is not a port: want a number from 1 to 65535", s)
 	}
 	return uint16(n), nil
 }
 
 // parseRange reads "80" or "8000-8099".
 func parseRange(s string) (portRange, error) {
-	a, b, ranged := strings.Cut(s, "-")
-	if !ranged {
-		b = a
+	from, to, isRange := strings.Cut(s, "-")
+	if !isRange {
+		to = from
 	}
-	first, err := parsePort(a)
+	first, err := parsePort(from)
 	if err != nil {
 		return portRange{}, err
 	}
-	last, err := parsePort(b)
+	last, err := parsePort(to)
 	if err != nil {
 		return portRange{}, err
 	}
 	if first > last {
-		return portRange{}, fmt.Errorf("range %q ends before it begins", s)
+		return portRange{}, fmt.Errorf("the range %q ends before it begins", s)
 	}
 	return portRange{first, last}, nil
 }
 
-// parseBind reads an address to listen on.
-func parseBind(s string) (netip.Addr, error) {
-	a, err := netip.ParseAddr(s)
-	if err != nil || a.Zone() != "" {
-		return netip.Addr{}, fmt.Errorf("%q is no address: want one like 127.0.0.1 or ::1", s)
-	}
-	return a.Unmap(), nil
-}
-
-// addRanges adds what a flag names: "80,8000-8099".
+// addRanges adds what a flag lists: "80,8000-8099".
 func addRanges(to *[]portRange) func(string) error {
 	return func(s string) error {
 		for _, part := range strings.Split(s, ",") {
@@ -124,19 +132,15 @@ func addRanges(to *[]portRange) func(string) error {
 	}
 }
 
-// addMap adds what -map names: "80=8080,443=8443".
-func addMap(to map[uint16]uint16) func(string) error {
+// addMaps adds what -map lists: "80=8080,443=8443".
+func addMaps(to map[uint16]uint16) func(string) error {
 	return func(s string) error {
 		for _, part := range strings.Split(s, ",") {
-			a, b, ok := strings.Cut(strings.TrimSpace(part), "=")
+			public, local, ok := strings.Cut(strings.TrimSpace(part), "=")
 			if !ok {
 				return fmt.Errorf("%q: want PUBLISHED=LOCAL, like 80=8080", part)
 			}
-			public, err := parsePort(a)
-			if err != nil {
-				return err
-			}
-			if to[public], err = parsePort(b); err != nil {
+			if err := addMap(to, public, local); err != nil {
 				return err
 			}
 		}
@@ -144,204 +148,192 @@ func addMap(to map[uint16]uint16) func(string) error {
 	}
 }
 
-// configfile.go: <dir>/config.json. Every mistake in it is told with its line
-// and column, which is why it is read token by token.
+func addMap(to map[uint16]uint16, public, local string) error {
+	from, err := parsePort(public)
+	if err != nil {
+		return err
+	}
+	to[from], err = parsePort(local)
+	return err
+}
 
-const maxConfigFile = 1 << 20
+// addAddresses adds what -bind lists: "127.0.0.1,::1".
+func addAddresses(to *[]netip.Addr) func(string) error {
+	return func(s string) error {
+		for _, part := range strings.Split(s, ",") {
+			a, err := netip.ParseAddr(strings.TrimSpace(part))
+			if err != nil || a.Zone() != "" {
+				return fmt.Errorf("%q is not an address: want one like 127.0.0.1 or ::1", part)
+			}
+			if a = a.Unmap(); !slices.Contains(*to, a) {
+				*to = append(*to, a)
+			}
+		}
+		return nil
+	}
+}
 
-// loadConfig reads the file for one host, given in canonical form. That there is
-// none is fine. What flags set wins.
+// loadConfig reads config.json for one host, given in canonical form; it need not exist. The flags win.
 func loadConfig(dir, host string, flags config) (*config, error) {
 	path := filepath.Join(dir, "config.json")
-	c := config{bind: loopback4}
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a fifo must not hang the loop
-	if err == nil {
-		defer f.Close()
-		var body []byte
-		body, err = io.ReadAll(io.LimitReader(f, maxConfigFile+1))
-		if err == nil && len(body) > maxConfigFile {
-			err = fmt.Errorf("%s is over %d bytes long", path, maxConfigFile)
-		}
-		if err == nil {
-			if c, err = parseConfig(body, host); err != nil {
-				err = fmt.Errorf("%s:%w", path, err)
-			}
-			c = c.over(config{bind: loopback4})
-		}
-	} else if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	if err != nil {
+	body, err := readConfig(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		cfg := flags.over(config{})
+		return &cfg, nil
+	} else if err != nil {
 		return nil, fmt.Errorf("reading the configuration: %w", err)
 	}
-	c = flags.over(c)
-	return &c, nil
+	file, err := parseConfig(body, host)
+	if err != nil {
+		return nil, fmt.Errorf("reading the configuration: %s:%w", path, err)
+	}
+	cfg := flags.over(file)
+	return &cfg, nil
 }
 
-// configReader reads config.json. Its methods panic with a configError.
-type configReader struct {
-	body []byte
-	dec  *json.Decoder
-	at   int // where the last token begins
+func readConfig(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO must not block the loop
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	body, err := io.ReadAll(io.LimitReader(f, maxConfigFile+1))
+	if err == nil && len(body) > maxConfigFile {
+		err = fmt.Errorf("%s is longer than %d bytes", path, maxConfigFile)
+	}
+	return body, err
 }
 
-type configError struct{ error }
-
-// parseConfig returns what the file sets for host. Errors begin with line and
-// column.
-func parseConfig(body []byte, host string) (c config, err error) {
-	r := &configReader{body: body, dec: json.NewDecoder(bytes.NewReader(body))}
-	r.dec.UseNumber()
-	defer func() {
-		switch e := recover().(type) {
-		case nil:
-		case configError:
-			line := 1 + bytes.Count(body[:r.at], []byte("\n"))
-			column := r.at - bytes.LastIndexByte(body[:r.at], '\n')
-			err = fmt.Errorf("%d:%d: %w", line, column, e.error)
-		default:
-			panic(e)
-		}
-	}()
-	r.check()
+// parseConfig returns what config.json sets for host. An error begins with the number of the line: that of a syntax
+// error, or that of the setting whose value is wrong.
+func parseConfig(body []byte, host string) (config, error) {
+	var syntax *json.SyntaxError
+	if err := json.Unmarshal(body, new(json.RawMessage)); errors.As(err, &syntax) {
+		return config{}, fmt.Errorf("%d: %w", lineAt(body, syntax.Offset-1), err)
+	}
 	var all, own config
-	r.object(func(name string) {
-		if name == "hosts" {
-			r.object(func(name string) {
-				at := r.at
-				h, err := parseHost(name)
-				if err != nil {
-					r.fail("%v", err)
-				}
-				var c config
-				r.object(func(name string) { r.setting(&c, name) })
-				if h.String() == host {
-					if own.mapped != nil {
-						r.at = at
-						r.fail("%s is here twice", h)
-					}
-					own = c.over(config{})
-				}
-			})
-			return
+	var found bool
+	dec := json.NewDecoder(bytes.NewReader(body))
+	begin := int64(0)
+	err := eachMember(dec, func(name string) error {
+		begin = dec.InputOffset()
+		if name != "hosts" {
+			return all.set(dec, name)
 		}
-		r.setting(&all, name)
+		return eachMember(dec, func(name string) error {
+			begin = dec.InputOffset()
+			h, err := parseHost(name)
+			if err != nil {
+				return err
+			}
+			var one config
+			err = eachMember(dec, func(name string) error {
+				begin = dec.InputOffset()
+				return one.set(dec, name)
+			})
+			if h.String() != host || err != nil {
+				return err
+			}
+			if found {
+				return fmt.Errorf("%s is listed twice", h)
+			}
+			own, found = one, true
+			return nil
+		})
 	})
+	if err != nil {
+		return config{}, fmt.Errorf("%d: %w", lineAt(body, begin), err)
+	}
 	return own.over(all), nil
 }
 
-func (r *configReader) fail(format string, args ...any) {
-	panic(configError{fmt.Errorf(format, args...)})
+// lineAt returns the number of the line in which the byte at offset is.
+func lineAt(body []byte, offset int64) int {
+	return 1 + bytes.Count(body[:max(0, min(offset, int64(len(body))))], []byte("\n"))
 }
 
-// next reads a token.
-func (r *configReader) next() json.Token {
-	r.at = int(r.dec.InputOffset())
-	for r.at < len(r.body) && bytes.IndexByte([]byte(" \t\r\n,:"), r.body[r.at]) >= 0 {
-		r.at++
+// eachMember calls read with each name of the JSON object that comes next; read decodes the value.
+func eachMember(dec *json.Decoder, read func(name string) error) error {
+	if token, err := dec.Token(); err != nil || token != json.Delim('{') {
+		return errors.New("want an object, {…}")
 	}
-	t, err := r.dec.Token()
-	if err != nil {
-		r.fail("%v", err)
-	}
-	return t
-}
-
-// check sees that all of the body is one JSON value. A decoder that is asked for
-// tokens does not tell where in the body a mistake is.
-func (r *configReader) check() {
-	if json.Valid(r.body) {
-		return
-	}
-	// The byte added is what is wrong with a body that ends too soon.
-	err := json.Unmarshal(append(slices.Clip(r.body), 0), new(json.RawMessage))
-	var syntax *json.SyntaxError
-	if !errors.As(err, &syntax) || int(syntax.Offset) > len(r.body) {
-		r.at = len(r.body)
-		r.fail("it ends too soon")
-	}
-	r.at = int(syntax.Offset) - 1
-	r.fail("%v", err)
-}
-
-func (r *configReader) expect(delim json.Delim, what string) {
-	if r.next() != delim {
-		r.fail("want %s", what)
-	}
-}
-
-// object calls member for each name of an object; it has to read the value.
-func (r *configReader) object(member func(name string)) {
-	r.expect('{', "an object, {…}")
-	for r.dec.More() {
-		name, ok := r.next().(string)
-		if !ok {
-			r.fail("want a name")
-		}
-		member(name)
-	}
-	r.next()
-}
-
-func (r *configReader) array(element func()) {
-	r.expect('[', "an array, […]")
-	for r.dec.More() {
-		element()
-	}
-	r.next()
-}
-
-// text reads a string or a number.
-func (r *configReader) text() string {
-	switch t := r.next().(type) {
-	case string:
-		return t
-	case json.Number:
-		return t.String()
-	}
-	r.fail("want a string or a number")
-	return ""
-}
-
-func (r *configReader) port(s string) uint16 {
-	p, err := parsePort(s)
-	if err != nil {
-		r.fail("%v", err)
-	}
-	return p
-}
-
-func (r *configReader) ranges() []portRange {
-	all := []portRange{}
-	r.array(func() {
-		one, err := parseRange(r.text())
+	for dec.More() {
+		name, err := dec.Token()
 		if err != nil {
-			r.fail("%v", err)
+			return err
 		}
-		all = append(all, one)
-	})
-	return all
+		if err := read(name.(string)); err != nil {
+			return err
+		}
+	}
+	_, err := dec.Token()
+	return err
 }
 
-// setting reads one setting into c.
-func (r *configReader) setting(c *config, name string) {
+// set decodes the setting of that name.
+func (cfg *config) set(dec *json.Decoder, name string) error {
 	switch name {
 	case "map":
-		c.mapped = make(map[uint16]uint16)
-		r.object(func(public string) {
-			p := r.port(public)
-			c.mapped[p] = r.port(r.text())
-		})
-	case "skip":
-		c.skip = r.ranges()
-	case "only":
-		c.only = r.ranges()
-	case "bind":
-		var err error
-		if c.bind, err = parseBind(r.text()); err != nil {
-			r.fail("%v", err)
+		var members map[string]scalar
+		if err := dec.Decode(&members); err != nil {
+			return errors.New(`"map": want an object like {"80": 8080}`)
 		}
-	default:
-		r.fail("there is no setting %q: want map, skip, only, bind or hosts", name)
+		cfg.mapped = make(map[uint16]uint16)
+		for _, public := range slices.Sorted(maps.Keys(members)) {
+			if err := addMap(cfg.mapped, public, string(members[public])); err != nil {
+				return fmt.Errorf("%q: %w", name, err)
+			}
+		}
+		return nil
+	case "skip":
+		return setList(dec, name, &cfg.skip, addRanges)
+	case "only":
+		return setList(dec, name, &cfg.only, addRanges)
+	case "no_probe":
+		return setList(dec, name, &cfg.noProbe, addRanges)
+	case "bind":
+		return setList(dec, name, &cfg.bind, addAddresses)
 	}
+	return fmt.Errorf("unknown setting %q: want map, skip, only, no_probe, bind or hosts", name)
+}
+
+// setList decodes a list, or a single element of one, with the parser that the flag of the same name has.
+func setList[T any](dec *json.Decoder, name string, to *[]T, parser func(*[]T) func(string) error) error {
+	var list scalars
+	if err := dec.Decode(&list); err != nil {
+		return fmt.Errorf("%q: want a list of strings or numbers", name)
+	}
+	*to = []T{}
+	add := parser(to)
+	for _, text := range list {
+		if err := add(string(text)); err != nil {
+			return fmt.Errorf("%q: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// scalar is the text of a JSON string or number: 80 and "80" are the same.
+type scalar string
+
+func (text *scalar) UnmarshalJSON(body []byte) error {
+	switch first := body[0]; {
+	case first == '"':
+		return json.Unmarshal(body, (*string)(text))
+	case first == '-' || '0' <= first && first <= '9':
+		*text = scalar(body)
+		return nil
+	}
+	return errors.New("want a string or a number")
+}
+
+// scalars is a list of them; one alone needs no brackets.
+type scalars []scalar
+
+func (list *scalars) UnmarshalJSON(body []byte) error {
+	if body[0] == '[' {
+		return json.Unmarshal(body, (*[]scalar)(list))
+	}
+	*list = make(scalars, 1)
+	return json.Unmarshal(body, &(*list)[0])
 }

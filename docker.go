@@ -2,54 +2,63 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
+	"net/http"
 	"net/netip"
+	"net/textproto"
 	"net/url"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 	"unicode"
 )
 
-// docker.go: the Docker Engine's API over a dial-stdio session of the master:
-// the list of running containers and the stream of events.
+// docker.go: the engine's API over a dial-stdio session of the master: the list
+// of running containers and the event stream. The engine's output is not trusted:
+// it is size-limited, validated and made safe to print.
 
 const (
 	listTimeout = 10 * time.Second
 	maxNoise    = 1 << 20  // bytes a remote shell may print before the marker
 	maxList     = 64 << 20 // bytes of one list
 	maxEvent    = 1 << 20  // bytes of one event
+	maxHead     = 64 << 10 // bytes of a response header
 )
 
-// engine is one connection to the remote engine. Not safe for concurrent use,
-// but Close may come from anywhere.
+// engine is a connection to the remote engine. It is not safe for concurrent use,
+// except for Close.
 type engine struct {
 	s      *muxSession
-	r      *bufio.Reader
+	limit  *io.LimitedReader // bounds the next input; net/http does not limit headers
+	r      *bufio.Reader     // reads from limit
 	mark   string
-	server string // "Docker/20.10.24 (linux)", once something was answered
+	server string // such as "Docker/20.10.24 (linux)"; set by the first response
 }
 
-// errMaster marks an error that is the ssh master's and not the engine's.
+// errMaster marks an error of the ssh master rather than the engine.
 var errMaster = errors.New("the ssh master does not answer")
 
-// dialEngine opens a session of the master and speaks to the engine in it.
-// Start-up noise of the remote shell is discarded up to a marker.
+// dialEngine connects to the engine through a session of the master. It discards
+// the remote shell's startup output, up to a marker.
 func dialEngine(control, socket string, timeout time.Duration) (*engine, error) {
 	mark := fmt.Sprintf("rdhpf-%016x", rand.Uint64())
 	s, err := muxOpenSession(control, engineCommand(socket, mark), timeout)
 	if err != nil {
 		var refused *muxError
 		if errors.As(err, &refused) {
-			return nil, fmt.Errorf("the SSH server opens no further session (%w): rdhpf needs two, see MaxSessions in its sshd_config", err)
+			return nil, fmt.Errorf("the SSH server refused another session (%w): rdhpf needs two; see MaxSessions in its sshd_config", err)
 		}
 		return nil, fmt.Errorf("%w: %w", errMaster, err)
 	}
-	e := &engine{s: s, r: bufio.NewReader(s), mark: mark}
+	limit := &io.LimitedReader{R: s, N: maxNoise + 4096}
+	e := &engine{s: s, limit: limit, r: bufio.NewReader(limit), mark: mark}
 	s.SetReadDeadline(time.Now().Add(timeout))
 	if err := discardTo(e.r, mark+"\n"); err != nil {
 		err = e.fail("starting docker on the remote host", err)
@@ -61,11 +70,11 @@ func dialEngine(control, socket string, timeout time.Duration) (*engine, error) 
 
 func (e *engine) Close() error { return e.s.Close() }
 
-// engineCommand is what the remote shell runs, whichever shell it is: print the
-// marker, then become the engine's end. podman serves where there is no docker.
+// engineCommand returns a command for any remote shell that prints the marker, then
+// becomes the connection to the engine. It uses podman if there is no docker.
 func engineCommand(socket, mark string) string {
 	docker, podman := "docker", "podman"
-	if socket != "" { // checked by parseHost: no character of it means anything to a shell
+	if socket != "" { // parseHost has rejected characters special to a shell
 		docker += " --host=unix://" + socket
 		podman += " --url=unix://" + socket
 	}
@@ -74,7 +83,7 @@ func engineCommand(socket, mark string) string {
 		"then exec %[2]s system dial-stdio; else exec %[3]s system dial-stdio; fi'", mark, docker, podman)
 }
 
-// discardTo reads up to the end of the marker.
+// discardTo reads up to and including the marker.
 func discardTo(r *bufio.Reader, mark string) error {
 	matched := 0
 	for n := 0; n < maxNoise; n++ {
@@ -83,7 +92,7 @@ func discardTo(r *bufio.Reader, mark string) error {
 			return err
 		}
 		if c != mark[matched] {
-			matched = 0 // the marker begins with a letter that it has once: no overlap to think of
+			matched = 0 // the marker's first letter occurs only once, so matches cannot overlap
 		}
 		if c == mark[matched] {
 			if matched++; matched == len(mark) {
@@ -91,11 +100,11 @@ func discardTo(r *bufio.Reader, mark string) error {
 			}
 		}
 	}
-	return fmt.Errorf("the remote shell prints more than %d bytes at start-up", maxNoise)
+	return fmt.Errorf("the remote shell prints more than %d bytes at startup", maxNoise)
 }
 
-// fail explains an error on the connection in the remote's own words, where it
-// said any, and what to try.
+// fail explains a connection error with the remote command's own message, if any,
+// and a hint.
 func (e *engine) fail(doing string, err error) error {
 	if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.EPIPE) {
 		return fmt.Errorf("%s: %w", doing, err)
@@ -106,42 +115,49 @@ func (e *engine) fail(doing string, err error) error {
 		said = said[i+len(e.mark):]
 	}
 	if said = printable(strings.TrimSpace(said), 1000); said == "" {
-		return fmt.Errorf("%s: it ended with exit status %d and no word", doing, code)
+		return fmt.Errorf("%s: exit status %d and no error message", doing, code)
 	}
 	hint := ""
 	switch low := strings.ToLower(said); {
 	case strings.Contains(low, "not found"):
-		hint = " (is docker or podman on the PATH that ssh gives there?)"
+		hint = " (is docker or podman on the PATH of an ssh session there?)"
 	case strings.Contains(low, "permission denied"):
-		hint = " (may that user use docker there?)"
+		hint = " (is that user allowed to use docker?)"
 	case strings.Contains(low, "connect"):
-		hint = " (does the engine run there? docker context ls there tells which one is meant)"
+		hint = " (is the engine running? docker context ls on that host shows which one is used)"
 	}
 	return fmt.Errorf("docker on the remote host: %s%s", said, hint)
 }
 
-// get sends a request. The caller reads the body to its end before the next.
-func (e *engine) get(path string, query url.Values, timeout time.Duration) (*response, error) {
+// get sends a request. The caller must close the body before the next one.
+func (e *engine) get(path string, query url.Values, timeout time.Duration) (*http.Response, error) {
 	doing := "asking the remote engine for " + path
 	deadline := time.Now().Add(timeout)
 	e.s.SetWriteDeadline(deadline)
 	e.s.SetReadDeadline(deadline)
-	if len(query) > 0 {
-		path += "?" + query.Encode()
-	}
-	if _, err := fmt.Fprintf(e.s, "GET %s HTTP/1.1\r\nHost: docker\r\nUser-Agent: rdhpf\r\n\r\n", path); err != nil {
+	req := &http.Request{Method: "GET", Host: "docker", Header: http.Header{"User-Agent": {"rdhpf"}},
+		URL: &url.URL{Scheme: "http", Host: "docker", Path: path, RawQuery: query.Encode()}}
+	if err := req.Write(e.s); err != nil {
 		return nil, e.fail(doing, err)
 	}
-	resp, err := readResponse(e.r)
+	e.limit.N = maxHead
+	resp, err := http.ReadResponse(e.r, req)
+	var protocol textproto.ProtocolError
+	switch {
+	case err != nil && e.limit.N <= 0:
+		err = fmt.Errorf("the response header is longer than %d bytes", maxHead)
+	case errors.As(err, &protocol) || err != nil && strings.HasPrefix(err.Error(), "malformed "):
+		err = fmt.Errorf("the response is not HTTP: %s", printable(err.Error(), maxText))
+	}
 	if err != nil {
 		return nil, e.fail(doing, err)
 	}
-	if resp.server != "" {
-		e.server = printable(resp.server, maxText)
+	if server := resp.Header.Get("Server"); server != "" {
+		e.server = printable(server, maxText)
 	}
-	if resp.code != 200 {
-		body, _ := io.ReadAll(io.LimitReader(resp.body, 1000))
-		return nil, fmt.Errorf("%s: %s: %s", doing, printable(resp.status, maxText), printable(strings.TrimSpace(string(body)), 1000))
+	if resp.StatusCode != http.StatusOK {
+		body, _ := io.ReadAll(io.LimitReader(resp.Body, 1000))
+		return nil, fmt.Errorf("%s: %s: %s", doing, printable(resp.Status, maxText), printable(strings.TrimSpace(string(body)), 1000))
 	}
 	return resp, nil
 }
@@ -152,13 +168,13 @@ func (e *engine) list() ([]container, error) {
 	if err != nil {
 		return nil, err
 	}
-	body := &io.LimitedReader{R: resp.body, N: maxList}
-	list, err := decodeList(body)
+	e.limit.N = maxList
+	list, err := decodeList(resp.Body)
 	if err == nil {
-		_, err = io.Copy(io.Discard, body) // leaves the connection at the next answer
+		err = resp.Body.Close() // drains it, leaving the connection at the next response
 	}
-	if err != nil && body.N == 0 {
-		err = fmt.Errorf("it is over %d bytes long", maxList)
+	if err != nil && e.limit.N <= 0 {
+		err = fmt.Errorf("it is longer than %d bytes", maxList)
 	}
 	if err != nil {
 		return nil, e.fail("reading the list of containers", err)
@@ -166,54 +182,71 @@ func (e *engine) list() ([]container, error) {
 	return list, nil
 }
 
-// event is one that says that a list would now differ.
+// ping waits for an answer of the engine, which shows that the link works.
+func (e *engine) ping(timeout time.Duration) error {
+	resp, err := e.get("/_ping", nil, timeout)
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
+// event reports that the container list has changed, or that a service may have.
 type event struct {
-	action string // start, die, pause, unpause, rename, …
-	id     string // 12 characters
+	action string // start, die, pause, unpause, rename, health_status, connect, …
+	id     string // of the container, 12 characters
 }
 
 // events calls subscribed, then handle for each event, until the connection
 // ends; it always returns an error.
 func (e *engine) events(subscribed func(), handle func(event)) error {
-	resp, err := e.get("/events", url.Values{"filters": {`{"type":["container"]}`}}, listTimeout)
+	resp, err := e.get("/events", url.Values{"filters": {`{"type":["container","network"]}`}}, listTimeout)
 	if err != nil {
 		return err
 	}
 	e.s.SetReadDeadline(time.Time{})
 	subscribed()
-	lines := bufio.NewScanner(resp.body)
+	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(nil, maxEvent)
-	for lines.Scan() {
+	for e.limit.N = 2 * maxEvent; lines.Scan(); e.limit.N = 2 * maxEvent {
 		if ev, ok := decodeEvent(lines.Bytes()); ok {
 			handle(ev)
 		}
 	}
-	err = lines.Err()
-	if err == nil {
-		err = io.EOF
-	}
-	return e.fail("following the remote engine's events", err)
+	return e.fail("following the remote engine's events", cmp.Or(lines.Err(), io.EOF))
 }
-
-// decode.go: what the engine sends, decoded. It is not trusted: it is bounded,
-// checked and made safe to print.
 
 const (
 	maxContainer = 20000   // containers in one list
-	maxPublished = 100_000 // ports that they publish
-	maxOne       = 1 << 20 // bytes of one of them, which take some ten times that in memory
-	maxText      = 200     // runes of a name that are kept
+	maxPublished = 100_000 // published ports in one list
+	maxNets      = 64      // networks kept per container
+	maxOne       = 1 << 20 // bytes of one container, which take about ten times that in memory
+	maxText      = 200     // runes kept of a name
 )
 
-// decodeEvent returns the event and whether it is one that matters: health
-// checks alone make three a second that do not.
+// decodeEvent returns the event and whether it is relevant; health checks alone
+// can cause three irrelevant events per second.
 func decodeEvent(line []byte) (event, bool) {
 	var raw struct {
 		Type, Action string
-		Status, ID   string // as engines before 1.22 and podman have them
-		Actor        struct{ ID string }
+		Status, ID   string // used by podman and engines before API 1.22
+		Actor        struct {
+			ID         string
+			Attributes struct{ Container string } // of a network event
+		}
 	}
-	if json.Unmarshal(line, &raw) != nil || (raw.Type != "" && raw.Type != "container") {
+	if json.Unmarshal(line, &raw) != nil {
+		return event{}, false
+	}
+	switch raw.Type {
+	case "", "container":
+	case "network":
+		if raw.Action != "connect" && raw.Action != "disconnect" {
+			return event{}, false
+		}
+		id, ok := shortID(raw.Actor.Attributes.Container)
+		return event{raw.Action, id}, ok
+	default:
 		return event{}, false
 	}
 	if raw.Action == "" {
@@ -222,8 +255,9 @@ func decodeEvent(line []byte) (event, bool) {
 	if raw.Actor.ID == "" {
 		raw.Actor.ID = raw.ID
 	}
+	raw.Action, _, _ = strings.Cut(raw.Action, ":") // "health_status: healthy"
 	switch raw.Action {
-	case "start", "die", "pause", "unpause", "rename", "destroy", "restart", "stop", "update":
+	case "health_status", "start", "die", "pause", "unpause", "rename", "destroy", "restart", "stop", "update":
 	case "died": // podman
 		raw.Action = "die"
 	default:
@@ -233,20 +267,20 @@ func decodeEvent(line []byte) (event, bool) {
 	return event{raw.Action, id}, ok
 }
 
-// decodeList decodes the answer to /containers/json, a container at a time, so
-// that a long list costs no more than what is kept of it.
+// decodeList decodes the response to /containers/json one container at a time, so
+// that a long list takes no more memory than what is kept of it.
 func decodeList(r io.Reader) (list []container, err error) {
 	part := &io.LimitedReader{R: r, N: maxOne}
 	defer func() {
 		if err != nil && part.N == 0 {
-			err = fmt.Errorf("a container in it is over %d bytes long", maxOne)
+			err = fmt.Errorf("a container in it is longer than %d bytes", maxOne)
 		}
 	}()
 	dec := json.NewDecoder(part)
 	if t, err := dec.Token(); err != nil {
 		return nil, unexpectedEOF(err)
 	} else if t != json.Delim('[') {
-		return nil, errors.New("it is no JSON array")
+		return nil, errors.New("it is not a JSON array")
 	}
 	list = []container{}
 	for published := 0; dec.More(); part.N = maxOne {
@@ -278,13 +312,16 @@ func unexpectedEOF(err error) error {
 }
 
 type rawContainer struct {
-	ID         string `json:"Id"`
-	Names      []string
-	Image      string
-	State      string
-	Labels     map[string]string
-	HostConfig struct{ NetworkMode string }
-	Ports      []struct {
+	ID              string `json:"Id"`
+	Names           []string
+	Image           string
+	State           string
+	Labels          map[string]string
+	HostConfig      struct{ NetworkMode string }
+	NetworkSettings struct {
+		Networks map[string]struct{ EndpointID, IPAddress, Gateway string }
+	}
+	Ports []struct {
 		IP          string
 		PrivatePort int64
 		PublicPort  int64
@@ -292,8 +329,8 @@ type rawContainer struct {
 	}
 }
 
-// container keeps what is valid. A container without a valid id, or one that
-// does not run, is none.
+// container returns the valid parts of raw. It reports false for a container that
+// has no valid id or is not running.
 func (raw *rawContainer) container() (container, bool) {
 	id, ok := shortID(raw.ID)
 	if !ok || (raw.State != "" && raw.State != "running" && raw.State != "paused") {
@@ -301,8 +338,18 @@ func (raw *rawContainer) container() (container, bool) {
 	}
 	c := container{id: id, name: id, image: printable(raw.Image, maxText),
 		service: printable(raw.Labels["com.docker.compose.service"], maxText),
-		paused:  raw.State == "paused", hostNet: raw.HostConfig.NetworkMode == "host"}
-	for _, n := range raw.Names { // links of other containers have more slashes
+		paused:  raw.State == "paused", hostNet: raw.HostConfig.NetworkMode == "host",
+		noProbe: raw.Labels["rdhpf.probe"] == "false"}
+	for _, name := range slices.Sorted(maps.Keys(raw.NetworkSettings.Networks)) {
+		n := raw.NetworkSettings.Networks[name]
+		addr, _ := netip.ParseAddr(n.IPAddress)
+		gateway, _ := netip.ParseAddr(n.Gateway)
+		if badChar(n.EndpointID, "") != "" || addr.Zone()+gateway.Zone() != "" || len(c.nets) == maxNets {
+			continue
+		}
+		c.nets = append(c.nets, network{printable(n.EndpointID, maxText), addr.Unmap(), gateway.Unmap()})
+	}
+	for _, n := range raw.Names { // names with more slashes are links of other containers
 		if n = strings.TrimPrefix(n, "/"); n != "" && !strings.Contains(n, "/") {
 			if n = printable(n, maxText); n != "" {
 				c.name = n
@@ -325,7 +372,8 @@ func (raw *rawContainer) container() (container, bool) {
 	return c, true
 }
 
-// shortID is the first 12 characters of a container's id.
+// shortID returns the first 12 characters of a container id and whether they are
+// valid.
 func shortID(id string) (string, bool) {
 	if len(id) < 12 {
 		return "", false
@@ -338,8 +386,8 @@ func shortID(id string) (string, bool) {
 	return id[:12], true
 }
 
-// printable makes text from elsewhere safe for a terminal and for one line: no
-// control or format characters, at most max runes.
+// printable makes untrusted text safe to print on one line of a terminal: it drops
+// control and format characters and keeps at most max runes.
 func printable(s string, max int) string {
 	if len(s) <= max && strings.IndexFunc(s, func(r rune) bool { return r < ' ' || r > '~' }) < 0 {
 		return s

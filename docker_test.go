@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"unicode"
@@ -35,21 +37,40 @@ func listText(list []container) string {
 		if c.hostNet {
 			t += " host"
 		}
+		if c.noProbe {
+			t += " unprobed"
+		}
+		for _, n := range c.nets {
+			t += fmt.Sprintf(" net=%s,%s,%s", n.endpoint, addrText(n.addr), addrText(n.gateway))
+		}
 		for _, p := range c.ports {
-			ip := "none"
-			if p.ip.IsValid() {
-				ip = p.ip.String()
-			}
-			t += fmt.Sprintf(" %s:%d->%d/%s", ip, p.public, p.private, p.proto)
+			t += fmt.Sprintf(" %s:%d->%d/%s", addrText(p.ip), p.public, p.private, p.proto)
 		}
 		texts = append(texts, t)
 	}
 	return strings.Join(texts, "\n")
 }
 
+func addrText(a netip.Addr) string {
+	if !a.IsValid() {
+		return "none"
+	}
+	return a.String()
+}
+
 func TestDecodeList(t *testing.T) {
 	id := idLong[:12]
 	one := func(rest string) string { return `[{"Id":"` + idLong + `"` + rest + `}]` }
+	nets := func(nets string) string {
+		return one(`,"Names":["/web"],"NetworkSettings":{"Networks":{` + nets + `}}`)
+	}
+	manyNets, manyKept := "", ""
+	for i := range maxNets + 10 {
+		manyNets += fmt.Sprintf(`,"n%03d":{"EndpointID":"e%d","IPAddress":"10.0.0.1","Gateway":"10.0.0.2"}`, i, i)
+		if i < maxNets {
+			manyKept += fmt.Sprintf(" net=e%d,10.0.0.1,10.0.0.2", i)
+		}
+	}
 	ports := func(ports string) string { return one(`,"Names":["/web"],"Ports":[` + ports + `]`) }
 	for _, c := range []struct{ name, in, want string }{
 		{"none", `[]`, ""},
@@ -57,8 +78,8 @@ func TestDecodeList(t *testing.T) {
 			"Created":1732370000,"Ports":[{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":8080,"Type":"tcp"},{"IP":"::","PrivatePort":80,"PublicPort":8080,"Type":"tcp"},
 			{"PrivatePort":443,"Type":"tcp"},{"IP":"127.0.0.1","PrivatePort":53,"PublicPort":5353,"Type":"udp"}],
 			"Labels":{"com.docker.compose.project":"proj","com.docker.compose.service":"web"},"State":"running","Status":"Up 3 minutes",
-			"HostConfig":{"NetworkMode":"proj_default"},"NetworkSettings":{"Networks":{"proj_default":{"IPAMConfig":null,"Links":null,"IPAddress":"172.18.0.2"}}},"Mounts":[]}]`,
-			id + " proj-web-1 image=nginx:1.27 service=web 0.0.0.0:8080->80/tcp :::8080->80/tcp 127.0.0.1:5353->53/udp"},
+			"HostConfig":{"NetworkMode":"proj_default"},"NetworkSettings":{"Networks":{"proj_default":{"IPAMConfig":null,"Links":null,"EndpointID":"0cc6d7","Gateway":"172.18.0.1","IPAddress":"172.18.0.2"}}},"Mounts":[]}]`,
+			id + " proj-web-1 image=nginx:1.27 service=web net=0cc6d7,172.18.0.2,172.18.0.1 0.0.0.0:8080->80/tcp :::8080->80/tcp 127.0.0.1:5353->53/udp"},
 		{"paused", one(`,"Names":["/web"],"State":"paused"`), id + " web paused"},
 		{"not running", one(`,"Names":["/web"],"State":"exited"`), ""},
 		{"host network", one(`,"Names":["/web"],"State":"running","Ports":[],"HostConfig":{"NetworkMode":"host"}`), id + " web host"},
@@ -87,6 +108,21 @@ func TestDecodeList(t *testing.T) {
 		{"a name that is nothing but control characters", one(`,"Names":["/\u001b\u0007"]`), id + " " + id},
 		{"a hostile image and service", one(`,"Names":["/w"],"Image":"\u001b[2Jx","Labels":{"com.docker.compose.service":"a\tb\u2028"}`), id + " w image=[2Jx service=a b"},
 		{"other case, unknown and double fields", `[{"ID":"` + idLong + `","names":["/web"],"Unknown":{"deep":[[[1]]]},"State":"exited","State":"running"}]`, id + " web"},
+		{"not to be probed", one(`,"Names":["/web"],"Labels":{"rdhpf.probe":"false"}`), id + " web unprobed"},
+		{"to be probed", one(`,"Names":["/web"],"Labels":{"rdhpf.probe":"true","rdhpf.probe.x":"false"}`), id + " web"},
+		{"networks, by name", nets(`"b":{"EndpointID":"e2","IPAddress":"172.19.0.2","Gateway":"172.19.0.1"},"a":{"EndpointID":"e1","IPAddress":"172.18.0.2","Gateway":""}`),
+			id + " web net=e1,172.18.0.2,none net=e2,172.19.0.2,172.19.0.1"},
+		{"a network without an address", nets(`"a":{"EndpointID":"","IPAddress":"","Gateway":""}`), id + " web net=,none,none"},
+		{"networks that are null", nets(`"a":null`), id + " web net=,none,none"},
+		{"no networks", one(`,"Names":["/web"],"NetworkSettings":{"Networks":null}`), id + " web"},
+		{"no network settings", one(`,"Names":["/web"],"NetworkSettings":null`), id + " web"},
+		{"addresses in IPv6", nets(`"a":{"EndpointID":"e","IPAddress":"::ffff:10.0.0.1","Gateway":"fd00::1"}`), id + " web net=e,10.0.0.1,fd00::1"},
+		{"addresses that are none", nets(`"a":{"EndpointID":"e","IPAddress":"localhost","Gateway":"10.0.0.0/8"}`), id + " web net=e,none,none"},
+		{"a hostile endpoint", nets(`"a":{"EndpointID":"e\u001b[31m","IPAddress":"10.0.0.1"},"b":{"EndpointID":"e f","IPAddress":"10.0.0.1"},"c":{"EndpointID":"g","IPAddress":"10.0.0.1"}`),
+			id + " web net=g,10.0.0.1,none"},
+		{"a long endpoint", nets(`"a":{"EndpointID":"` + strings.Repeat("e", 3*maxText) + `"}`), id + " web net=" + strings.Repeat("e", maxText) + ",none,none"},
+		{"addresses with zones", nets(`"a":{"EndpointID":"e","IPAddress":"fe80::1%eth0"},"b":{"EndpointID":"f","Gateway":"fe80::1%\u001b[31m"}`), id + " web"},
+		{"many networks", nets(manyNets[1:]), id + " web" + manyKept},
 		{"more after the end", one(``) + "\n\n", id + " " + id},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -118,7 +154,7 @@ func TestDecodeListRefuses(t *testing.T) {
 		{"too many", "[" + strings.Repeat(`{"Id":"`+idLong+`"},`, maxContainer) + `{}]`, "more than"},
 		{"too many ports", `[{"Id":"` + idLong + `","Ports":[` + strings.Repeat(`{"PublicPort":1},`, maxOne/20) + `{}]},` +
 			`{"Id":"` + idLong + `","Ports":[` + strings.Repeat(`{"PublicPort":1},`, maxOne/20) + `{}]}]`, "published ports"},
-		{"one without an end", `[{"Id":"` + idLong + `"},{"Ports":[` + strings.Repeat(`{},`, maxOne), "a container in it is over 1048576 bytes long"},
+		{"one without an end", `[{"Id":"` + idLong + `"},{"Ports":[` + strings.Repeat(`{},`, maxOne), "a container in it is longer than 1048576 bytes"},
 		{"too deep", "[" + strings.Repeat("[", 20000), "max depth"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -132,13 +168,13 @@ func TestDecodeListRefuses(t *testing.T) {
 
 func TestDecodeListHuge(t *testing.T) {
 	var b bytes.Buffer
-	for i := 0; i < 5000; i++ {
+	for i := 0; i < 1500; i++ {
 		fmt.Fprintf(&b, `%c{"Id":"%064x","Names":["/%s"],"Ports":[{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":%d,"Type":"tcp"}],"Labels":{"x":"%s"}}`,
 			"[,"[min(i, 1)], i, strings.Repeat("n", 1000), 1+i, strings.Repeat("x", 1000))
 	}
 	b.WriteString("]")
 	list, err := decodeList(&b)
-	if err != nil || len(list) != 5000 || len(list[0].name) != maxText {
+	if err != nil || len(list) != 1500 || len(list[0].name) != maxText {
 		t.Fatalf("%d containers, %v", len(list), err)
 	}
 	checkList(t, list)
@@ -155,6 +191,15 @@ func checkList(t *testing.T, list []container) {
 			t.Errorf("%s has no name", c.id)
 		}
 		checkPrintable(t, c.name, c.image, c.service)
+		if len(c.nets) > maxNets {
+			t.Errorf("%s is in %d networks", c.id, len(c.nets))
+		}
+		for _, n := range c.nets {
+			checkPrintable(t, n.endpoint, n.addr.String(), n.gateway.String())
+			if strings.Contains(n.endpoint, " ") || n.addr.Zone()+n.gateway.Zone() != "" || n.addr.Is4In6() || n.gateway.Is4In6() {
+				t.Errorf("%s is in network %+v", c.id, n)
+			}
+		}
 		for _, p := range c.ports {
 			checkPrintable(t, p.proto, p.ip.String())
 			if p.ip.Is4In6() {
@@ -168,6 +213,9 @@ func checkList(t *testing.T, list []container) {
 			t.Errorf("forward %v of %+v", k, w)
 		}
 		checkPrintable(t, w.who(), k.local.String(), k.remote.String())
+		if w.noProbe && !slices.ContainsFunc(list, func(c container) bool { return c.id == w.id && c.noProbe }) {
+			t.Errorf("%v is not probed, and nobody said so", k)
+		}
 	}
 	for _, s := range skipped {
 		checkPrintable(t, s.Name, s.Protocol, s.Reason)
@@ -195,6 +243,10 @@ func TestDecodeEvent(t *testing.T) {
 		return `{"status":"` + action + `","id":"` + idLong + `","from":"nginx","Type":"container","Action":"` + action +
 			`","Actor":{"ID":"` + idLong + `","Attributes":{"image":"nginx","name":"web"}},"scope":"local","time":1732370000,"timeNano":1732370000000000000}`
 	}
+	ofNetwork := func(action, container string) string {
+		return `{"Type":"network","Action":"` + action + `","Actor":{"ID":"9ab05cc7a1","Attributes":{"container":"` + container +
+			`","name":"proj_default","type":"bridge"}},"scope":"local","time":1732370000}`
+	}
 	for _, c := range []struct {
 		in, action string // "": not one that matters
 	}{
@@ -203,7 +255,15 @@ func TestDecodeEvent(t *testing.T) {
 		{real("died"), "die"}, // podman
 		{`{"Type":"container","Action":"start","Actor":{"ID":"` + idLong + `"}}`, "start"},
 		{`{"status":"die","id":"` + idLong + `"}`, "die"}, // before 1.22
-		{real("health_status: healthy"), ""}, {real("exec_create: sh -c true"), ""}, {real("exec_die"), ""}, {real("top"), ""}, {real(""), ""},
+		{real("health_status: healthy"), "health_status"}, {real("health_status: unhealthy"), "health_status"},
+		{real("health_status"), "health_status"}, // podman
+		{ofNetwork("connect", idLong), "connect"}, {ofNetwork("disconnect", idLong), "disconnect"},
+		{ofNetwork("create", idLong), ""}, {ofNetwork("destroy", idLong), ""}, {ofNetwork("start", idLong), ""}, {ofNetwork("", idLong), ""},
+		{ofNetwork("connect", "short"), ""}, {ofNetwork("connect", ""), ""}, {ofNetwork("connect", strings.ToUpper(idLong)), ""},
+		{`{"Type":"network","Action":"connect","Actor":{"ID":"` + idLong + `"}}`, ""},
+		{`{"Type":"network","status":"connect","id":"` + idLong + `","Actor":{"Attributes":{"container":"` + idLong + `"}}}`, ""},
+		{`{"Type":"volume","Action":"start","Actor":{"ID":"` + idLong + `"}}`, ""},
+		{real("exec_create: sh -c true"), ""}, {real("exec_die"), ""}, {real("top"), ""}, {real(""), ""},
 		{`{"Type":"network","Action":"start","Actor":{"ID":"` + idLong + `"}}`, ""},
 		{`{"Type":"container","Action":"start","Actor":{"ID":"short"}}`, ""},
 		{`{"Type":"container","Action":"start","Actor":{"ID":"\u001b[31m-------------"}}`, ""},
@@ -256,6 +316,7 @@ func FuzzDecodeList(f *testing.F) {
 		`"HostConfig":{"NetworkMode":"host"},"Ports":[{"IP":"0.0.0.0","PrivatePort":80,"PublicPort":8080,"Type":"tcp"},{"IP":"fe80::1%eth0","PublicPort":1,"Type":"udp"}]}]`))
 	f.Add([]byte(`[{"Id":"` + idLong + `","Names":["/\u001b"],"Ports":[{"IP":"fe80::1%\u001b","PublicPort":1,"Type":"tcp"}]}]`))
 	f.Add([]byte(`[{"Id":"` + idLong + `","Ports":[{"IP":"::%x","PublicPort":1,"Type":"tcp"},{"IP":"::ffff:0.0.0.0","PublicPort":1,"Type":"tcp"}]}]`))
+	f.Add([]byte(`[{"Id":"` + idLong + `","Labels":{"rdhpf.probe":"false"},"NetworkSettings":{"Networks":{"a":{"EndpointID":"e","IPAddress":"10.0.0.1","Gateway":"fe80::1%x"},"b":null}}}]`))
 	f.Add([]byte(`[null,{`))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		list, err := decodeList(bytes.NewReader(in))
@@ -269,6 +330,7 @@ func FuzzDecodeList(f *testing.F) {
 func FuzzDecodeEvent(f *testing.F) {
 	f.Add([]byte(`{"status":"start","id":"` + idLong + `","Type":"container","Action":"die","Actor":{"ID":"` + idLong + `"}}`))
 	f.Add([]byte(`{"status":"died","id":"x"}`))
+	f.Add([]byte(`{"Type":"network","Action":"connect","Actor":{"ID":"n","Attributes":{"container":"` + idLong + `"}}}`))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		ev, ok := decodeEvent(in)
 		if !ok {
@@ -297,7 +359,7 @@ func TestDiscardTo(t *testing.T) {
 		{"the marker echoed in a command", "+ echo " + strings.TrimSpace(testMark) + "; exec x\n" + testMark + "rest", "rest", ""},
 		{"twice", testMark + testMark, testMark, ""},
 		{"much noise", strings.Repeat("x", maxNoise-len(testMark)) + testMark + "rest", "rest", ""},
-		{"too much noise", strings.Repeat("x", 2*maxNoise), "", "start-up"},
+		{"too much noise", strings.Repeat("x", 2*maxNoise), "", "startup"},
 		{"nothing", "", "", "EOF"},
 		{"noise only", "Welcome!\n", "", "EOF"},
 		{"half a marker", testMark[:10], "", "EOF"},
@@ -413,69 +475,222 @@ func TestDecodeZone(t *testing.T) {
 	}
 }
 
-func TestReadResponse(t *testing.T) {
-	long := strings.Repeat("x", 5000)
-	for _, c := range []struct{ name, in, body, err string }{
-		{"length", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nServer: a\r\n\r\n[]rest", "[]", ""},
-		{"chunked", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n[\r\n1;x=y\r\n]\r\n0\r\nT: t\r\n\r\nrest", "[]", ""},
-		{"both: chunked counts", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 9\r\n\r\n2\r\n[]\r\n0\r\n\r\nrest", "[]", ""},
-		{"until the end", "HTTP/1.0 200 OK\n\n[]", "[]", ""},
-		{"empty", "", "", "EOF"},
-		{"head cut off", "HTTP/1.1 200 OK\r\nServer: a\r\n", "", "unexpected EOF"},
-		{"line cut off", "HTTP/1.1 200", "", "unexpected EOF"},
-		{"body cut off", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[]", "[]", "unexpected EOF"},
-		{"chunk cut off", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n[]", "[]", "unexpected EOF"},
-		{"chunks cut off", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[]\r\n", "[]", "unexpected EOF"},
-		{"chunk too long", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n[]\r\n", "[", "longer than it says"},
-		{"chunk of no length", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n[]\r\n", "", `"-1"`},
-		{"huge chunk", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n[]\r\n", "", "ffffffffffffffff"},
-		{"bad length", "HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "", `"-1"`},
-		{"gzip", "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n", "", "gzip"},
-		{"no HTTP", "SSH-2.0-x\r\n\r\n", "", "no HTTP"},
-		{"long line", "HTTP/1.1 200 OK\r\nA: " + long + "\r\n\r\n", "", "over 4096 bytes"},
-		{"endless head", "HTTP/1.1 200 OK\r\n" + strings.Repeat("A: b\r\n", 200) + "\r\n", "", "over 100 lines"},
-		{"endless trailer", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + strings.Repeat("A: b\r\n", 200), "", "over 100 lines"},
+// engineWith is an engine at the other end of whose session serve takes requests, a connection's worth. What it returns goes
+// to stderr, before the session ends.
+func engineWith(t *testing.T, serve func(r *bufio.Reader, w io.WriteCloser) (stderr string)) *engine {
+	t.Helper()
+	near, _ := unixPair(t)
+	s := &muxSession{mux: &muxConn{conn: near}, errsEnded: make(chan struct{}), ended: make(chan struct{}), code: 1}
+	var far [3]*os.File
+	var err error
+	for i, pipe := range []func() error{
+		func() error { far[0], s.in, err = os.Pipe(); return err },
+		func() error { s.out, far[1], err = os.Pipe(); return err },
+		func() error { s.errs, far[2], err = os.Pipe(); return err },
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			r := bufio.NewReader(strings.NewReader(c.in))
-			resp, err := readResponse(r)
-			var body []byte
-			if err == nil {
-				body, err = io.ReadAll(resp.body)
+		if err := pipe(); err != nil {
+			t.Fatal(i, err)
+		}
+	}
+	const mark = "rdhpf-0123456789abcdef"
+	limit := &io.LimitedReader{R: s}
+	e := &engine{s: s, limit: limit, r: bufio.NewReader(limit), mark: mark}
+	s.goroutines.Add(2)
+	go s.collectErrs()
+	go func() {
+		defer s.goroutines.Done()
+		defer close(s.ended)
+		said := serve(bufio.NewReader(far[0]), far[1])
+		io.WriteString(far[2], "start-up noise\n"+mark+"\n"+said)
+		for _, f := range far {
+			f.Close()
+		}
+	}()
+	t.Cleanup(func() { e.Close() })
+	return e
+}
+
+// scripted is a serve of engineWith that gives these answers, and then ends; it wants these paths asked for.
+func scripted(t *testing.T, stderr string, pathsAndAnswers ...string) func(r *bufio.Reader, w io.WriteCloser) string {
+	return func(r *bufio.Reader, w io.WriteCloser) string {
+		for i := 0; i < len(pathsAndAnswers); i += 2 {
+			req, err := http.ReadRequest(r)
+			if err != nil {
+				t.Errorf("request %d: %v", i/2, err)
+				return ""
 			}
-			if c.err == "" && err != nil || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
-				t.Errorf("error %v, want %q", err, c.err)
+			if got := req.Method + " " + req.URL.String(); got != "GET "+pathsAndAnswers[i] || req.Host != "docker" || req.Header.Get("User-Agent") != "rdhpf" {
+				t.Errorf("asked %s of %s, want %s", got, req.Host, pathsAndAnswers[i])
 			}
-			if string(body) != c.body {
-				t.Errorf("body %q, want %q", body, c.body)
+			io.WriteString(w, pathsAndAnswers[i+1])
+		}
+		return stderr
+	}
+}
+
+func TestEngineAnswers(t *testing.T) {
+	const (
+		list   = "/containers/json"
+		events = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%5D%7D"
+		ok     = "HTTP/1.1 200 OK\r\nServer: Docker/20.10.24 (linux)\r\n"
+	)
+	chunked := func(parts ...string) string {
+		all := ok + "Transfer-Encoding: chunked\r\n\r\n"
+		for _, p := range append(parts, "") {
+			all += fmt.Sprintf("%x\r\n%s\r\n", len(p), p)
+		}
+		return all
+	}
+	sized := func(body string) string { return fmt.Sprintf("%sContent-Length: %d\r\n\r\n%s", ok, len(body), body) }
+	start := `{"Type":"container","Action":"start","Actor":{"ID":"` + idLong + `"}}` + "\n"
+	e := engineWith(t, scripted(t, "the end",
+		list, sized(`[{"Id":"`+idLong+`"}]`+"\n"),
+		list, chunked(`[{"Id":"`+idLong[:30], idLong[30:]+`"},`, `{"Id":"`+idLong+`"}]`, " \n"),
+		"/_ping", sized("OK"),
+		list, sized("[]"),
+		list, "HTTP/1.1 500 Internal Server Error\r\nContent-Length: 17\r\n\r\n{\"message\":\"no\x1b\"}"))
+	for i, want := range []int{1, 2, -1, 0, -2} {
+		if want == -1 {
+			if err := e.ping(patience); err != nil {
+				t.Fatal(err)
 			}
-			if rest, _ := io.ReadAll(r); strings.HasSuffix(c.in, "rest") && string(rest) != "rest" {
-				t.Errorf("%q is left, want the next answer", rest)
+			continue
+		}
+		got, err := e.list()
+		if want == -2 {
+			if err == nil || !strings.Contains(err.Error(), `500 Internal Server Error: {"message":"no"}`) {
+				t.Errorf("answer %d: %v", i, err)
 			}
+			continue
+		}
+		if err != nil || len(got) != want {
+			t.Fatalf("answer %d: %d containers, %v", i, len(got), err)
+		}
+	}
+	if e.server != "Docker/20.10.24 (linux)" {
+		t.Errorf("server %q", e.server)
+	}
+
+	e = engineWith(t, scripted(t, "the \x1b[31mend\n", events, chunked(start, start[:20], start[20:]+"not an event\n",
+		`{"Type":"container","Action":"exec_start"}`+"\n", strings.Replace(start, "start", "die", 1))))
+	subscribed, happened := 0, ""
+	err := e.events(func() { subscribed++ }, func(ev event) { happened += ev.action + " " + ev.id + "\n" })
+	id := idLong[:12]
+	if want := "start " + id + "\nstart " + id + "\ndie " + id + "\n"; subscribed != 1 || happened != want {
+		t.Errorf("subscribed %d times, got %q, want %q", subscribed, happened, want)
+	}
+	if err == nil || err.Error() != "docker on the remote host: the [31mend" {
+		t.Errorf("at the end: %v", err)
+	}
+}
+
+// unending writes text again and again, until nobody reads it any more.
+func unending(head, text string) func(r *bufio.Reader, w io.WriteCloser) string {
+	return func(r *bufio.Reader, w io.WriteCloser) string {
+		http.ReadRequest(r)
+		text := strings.Repeat(text, 1+100_000/len(text))
+		for _, err := io.WriteString(w, head); err == nil; _, err = io.WriteString(w, text) {
+		}
+		return ""
+	}
+}
+
+func TestEngineRefuses(t *testing.T) {
+	const ok = "HTTP/1.1 200 OK\r\n"
+	tears := func(stderr, answer string) func(r *bufio.Reader, w io.WriteCloser) string {
+		return scripted(t, stderr, "/containers/json", answer)
+	}
+	for _, tt := range []struct {
+		name, want string
+		serve      func(r *bufio.Reader, w io.WriteCloser) string
+	}{
+		{"ends at once", "sh: docker: not found (is docker or podman on the PATH", tears("sh: docker: not found\n", "")},
+		{"ends without a word", "exit status 1 and no error message", tears("", "")},
+		{"torn in the header", "docker on the remote host: why", tears("why", ok+"Server: x\r\n")},
+		{"torn in the body", "docker on the remote host: why", tears("why", ok+"Content-Length: 100\r\n\r\n[")},
+		{"torn in a chunk", "docker on the remote host: why", tears("why", ok+"Transfer-Encoding: chunked\r\n\r\n10\r\n[")},
+		{"torn after the list", "docker on the remote host: why", tears("why", ok+"Transfer-Encoding: chunked\r\n\r\n2\r\n[]\r\n")},
+		{"torn, and not allowed", "permission denied (is that user allowed to use docker?)", tears("permission denied", "")},
+		{"torn, and no engine", "Cannot connect (is the engine running?", tears("Cannot connect", "")},
+		{"no HTTP", "malformed HTTP", tears("", "SSH-2.0-x\r\n\r\n")},
+		{"no list", "it is not a JSON array", tears("", ok+"Content-Length: 2\r\n\r\n{}")},
+		{"an endless line in its header", "the response header is longer than 65536 bytes", unending(ok+"A: ", "x")},
+		{"an endless header", "the response header is longer than 65536 bytes", unending(ok, "A: b\r\n")},
+		{"an endless status", "the response header is longer than 65536 bytes", unending("", "HTTP/1.1 ")},
+		{"an endless container", "a container in it is longer than 1048576 bytes", unending(ok+"\r\n[{", `"a":"`+strings.Repeat("n", 100_000)+`",`)},
+		{"a list over the limit", fmt.Sprintf("it is longer than %d bytes", maxList), unending(ok+"Content-Length: 10000000000\r\n\r\n[]", " ")},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			list, err := engineWith(t, tt.serve).list()
+			if err == nil || list != nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%d containers, %v, want %q", len(list), err, tt.want)
+			}
+			checkPrintable(t, err.Error())
 		})
 	}
 }
 
-// What both take, net/http reads the same way.
-func FuzzReadResponse(f *testing.F) {
-	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nServer: a\r\n\r\n[]"))
-	f.Add([]byte("HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n[\r\n1\r\n]\r\n0\r\n\r\n"))
-	f.Fuzz(func(t *testing.T, in []byte) {
-		resp, err := readResponse(bufio.NewReader(bytes.NewReader(in)))
-		if err != nil {
-			return
-		}
-		body, err := io.ReadAll(resp.body)
-		if len(body) > len(in) {
-			t.Fatalf("%d bytes of %d", len(body), len(in))
-		}
-		theirs, theirErr := http.ReadResponse(bufio.NewReader(bytes.NewReader(in)), nil)
-		if err != nil || theirErr != nil || theirs.StatusCode < 200 || theirs.StatusCode == 204 || theirs.StatusCode == 304 {
-			return
-		}
-		theirBody, theirErr := io.ReadAll(theirs.Body)
-		if theirErr == nil && (theirs.StatusCode != resp.code || !bytes.Equal(theirBody, body)) {
-			t.Errorf("%d %q, and net/http %d %q", resp.code, body, theirs.StatusCode, theirBody)
+func TestEngineEventsEnd(t *testing.T) {
+	const ok = "HTTP/1.1 200 OK\r\n\r\n"
+	for _, tt := range []struct {
+		name, want string
+		serve      func(r *bufio.Reader, w io.WriteCloser) string
+	}{
+		{"refused", "404 Not Found", func(r *bufio.Reader, w io.WriteCloser) string {
+			http.ReadRequest(r)
+			io.WriteString(w, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+			return ""
+		}},
+		{"an endless event", "token too long", unending(ok, "x")},
+		{"torn", "docker on the remote host: why", func(r *bufio.Reader, w io.WriteCloser) string {
+			http.ReadRequest(r)
+			io.WriteString(w, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n{")
+			return "why"
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			err := engineWith(t, tt.serve).events(func() {}, func(event) { t.Error("an event") })
+			if err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("%v, want %q", err, tt.want)
+			}
+		})
+	}
+	t.Run("many", func(t *testing.T) { // together they may be longer than any one
+		line := `{"Type":"container","Action":"start","Actor":{"ID":"` + idLong + `"},"x":"` + strings.Repeat("x", maxEvent/2) + `"}` + "\n"
+		n := 0
+		engineWith(t, func(r *bufio.Reader, w io.WriteCloser) string {
+			http.ReadRequest(r)
+			io.WriteString(w, ok)
+			for range 10 {
+				io.WriteString(w, line)
+			}
+			return ""
+		}).events(func() {}, func(event) { n++ })
+		if n != 10 {
+			t.Errorf("%d of 10 events", n)
 		}
 	})
+}
+
+// Close ends what is under way.
+func TestEngineClose(t *testing.T) {
+	asked, over := make(chan bool), make(chan bool)
+	e := engineWith(t, func(r *bufio.Reader, w io.WriteCloser) string {
+		http.ReadRequest(r)
+		close(asked)
+		<-over
+		return ""
+	})
+	defer close(over)
+	done := make(chan error, 1)
+	go func() {
+		_, err := e.list()
+		done <- err
+	}()
+	<-asked
+	e.s.in.Close()
+	e.s.out.Close()
+	if err := <-done; !errors.Is(err, os.ErrClosed) {
+		t.Error(err)
+	}
 }

@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"io"
-	"log/slog"
 	"os"
 	"os/exec"
 	"reflect"
@@ -14,8 +12,8 @@ import (
 	"time"
 )
 
-// Tests of docs/protocol.md: its transcripts, run against a server, and its
-// tables of fields, held against what is sent.
+// Tests of docs/protocol.md: its transcripts, run against a server, and its tables of fields, compared with what is sent.
+// And of the README's jq lines.
 
 func protocolDoc(t *testing.T) string {
 	t.Helper()
@@ -35,13 +33,14 @@ func protocolSnap() *snapshot {
 		}
 		return t
 	}
-	event := at("15:01:23")
+	event, verified, used := at("15:01:23"), at("15:04:00"), at("15:04:10")
 	return &snapshot{Version: stateVersion, Host: "ssh://user@example.com", PID: 4242, StartedAt: at("15:00:00"),
 		Connection: connection{State: connected, Since: at("15:00:01")}, Engine: "Docker/20.10.24 (linux)", LastEventAt: &event,
 		Warnings: []string{},
 		Forwards: []forwardInfo{
 			{ContainerID: "abc123def456", LocalPort: 8080, RemotePort: 8080, Status: active, CreatedAt: event, UpdatedAt: at("15:01:24"),
-				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "shop-web-1", ContainerPort: 80, Image: "nginx", Service: "web"},
+				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "shop-web-1", ContainerPort: 80, Image: "nginx", Service: "web",
+				VerifiedAt: &verified, Connections: 12, OpenConnections: 2, BytesIn: 1258291, BytesOut: 34567, LastUsedAt: &used},
 			{ContainerID: "fed789abc123", LocalPort: 5432, RemotePort: 5432, Status: conflict, Reason: reasonGivenUp + " (held by postgres, pid 811)",
 				CreatedAt: at("15:02:10"), UpdatedAt: at("15:02:15"), LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1",
 				ContainerName: "db", ContainerPort: 5432, Image: "postgres:16"},
@@ -49,8 +48,7 @@ func protocolSnap() *snapshot {
 		Skipped: []skippedPort{{"fed789abc123", "db", 53, "udp", "SSH carries TCP only"}}}
 }
 
-// TestProtocolTranscripts runs each command of the transcripts. What is asked of
-// the loop is answered by a runner, without a connection.
+// TestProtocolTranscripts runs each command of the transcripts.
 func TestProtocolTranscripts(t *testing.T) {
 	for _, tool := range []string{"nc", "socat", "jq"} {
 		needTool(t, tool)
@@ -62,21 +60,9 @@ func TestProtocolTranscripts(t *testing.T) {
 		t.Skip("nc is not that of OpenBSD")
 	}
 	s := startSocket(t)
-	var h host
-	h.name = "example.com"
-	r := newRunner(runOptions{host: h, dir: t.TempDir(), log: slog.New(slog.NewTextHandler(io.Discard, nil))}, paths{}, sshProgram{}, nil, &config{bind: loopback4})
-	s.ask = func(_ context.Context, method string) (any, error) {
-		s.askMu.Lock()
-		defer s.askMu.Unlock()
-		q := request{method, make(chan reply, 1)}
-		r.request(time.Now(), q)
-		for _, answer := range r.waiting {
-			answer()
-		}
-		r.waiting = nil
-		a := <-q.reply
-		return a.result, a.err
-	}
+	s.askMu.Lock()
+	s.reloads = true
+	s.askMu.Unlock()
 	s.board.post(protocolSnap())
 	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	ended := make(chan struct{})
@@ -115,7 +101,7 @@ func TestProtocolTranscripts(t *testing.T) {
 func TestProtocolFields(t *testing.T) {
 	doc := protocolDoc(t)
 	tables := regexp.MustCompile(`(?m)^\| field \| type \| what it is \|\n\|---\|---\|---\|\n((?:\|.*\n)+)`).FindAllStringSubmatch(doc, -1)
-	types := []any{snapshot{}, connection{}, forwardInfo{}, skippedPort{}, health{}}
+	types := []any{snapshot{}, connection{}, forwardInfo{}, skippedPort{}, health{}, traffic{}}
 	if len(tables) != len(types) {
 		t.Fatalf("%d tables of fields, want %d", len(tables), len(types))
 	}
@@ -157,12 +143,12 @@ func TestProtocolNames(t *testing.T) {
 	doc := protocolDoc(t)
 	hash := hostHash("ssh://user@example.com")
 	for _, want := range []string{hash + ".sock", hash + ".state.json", hash + ".lock", hash + ".ctl",
-		"| -32700 |", "| -32600 |", "| -32601 |", "| -32602 |", "| -32000 |", "1,048,576", "128 connections", "at most 16 requests"} {
+		"| -32700 |", "| -32600 |", "| -32601 |", "| -32602 |", "| -32000 |", "1,048,576", "128 connections"} {
 		if !strings.Contains(doc, want) {
 			t.Errorf("docs/protocol.md does not say %q", want)
 		}
 	}
-	if maxLine != 1_048_576 || maxConns != 128 || maxBatch != 16 || firstDeadline != 10*time.Second || writeTimeout != 10*time.Second ||
+	if maxLine != 1_048_576 || maxConns != 128 || firstDeadline != 10*time.Second || writeTimeout != 10*time.Second ||
 		callTimeout != 10*time.Second || maxStateAge != 10*time.Second || beatEvery != 2*time.Second {
 		t.Error("docs/protocol.md has other limits")
 	}
@@ -175,12 +161,12 @@ func TestProtocolNames(t *testing.T) {
 		methods = append(methods, row[1])
 		c.asks(`{"jsonrpc":"2.0","id":1,"method":"`+row[1]+`","params":["x"]}`, `"code":-32602`)
 	}
-	if want := []string{"status", "health", "pause", "resume", "reload", "stop", "subscribe"}; !slices.Equal(methods, want) {
+	if want := []string{"status", "health", "verify", "pause", "resume", "reload", "stop", "subscribe"}; !slices.Equal(methods, want) {
 		t.Errorf("docs/protocol.md has the methods %q, want %q", methods, want)
 	}
 }
 
-// The README's jq lines, run against a report that has something for each.
+// TestReadmeJQ runs the README's jq lines against a report that has something for each.
 func TestReadmeJQ(t *testing.T) {
 	needTool(t, "jq")
 	readme, err := os.ReadFile("README.md")

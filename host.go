@@ -121,13 +121,9 @@ func parseRest(rest string, mayHavePath bool) (h host, err error) {
 	}
 	name, port, hasPort := strings.Cut(authority, ":")
 	if strings.HasPrefix(authority, "[") && strings.Contains(authority, "]") {
-		name, port, _ = strings.Cut(authority[1:], "]")
-		port, hasPort = strings.CutPrefix(port, ":")
-		ip, err := netip.ParseAddr(strings.Replace(name, "%25", "%", 1)) // a zone follows %25 in a URL, else %
-		if err != nil || !ip.Is6() || len(name) > maxHostPart || badChar(ip.Zone(), ".-_") != "" || !hasPort && port != "" {
-			return h, errors.New("has no IPv6 address in its brackets, or more than :port after them: write ssh://[fe80::1%25eth0]:2222")
+		if h.name, port, hasPort, err = parseBrackets(authority); err != nil {
+			return h, err
 		}
-		h.name = ip.String()
 	} else if strings.Contains(port, ":") {
 		// Even a valid address: "::1:2222" is one too, and hardly the one that was meant.
 		return h, errors.New("has more than one colon: write an IPv6 address in brackets, ssh://[::1]:2222")
@@ -137,12 +133,11 @@ func parseRest(rest string, mayHavePath bool) (h host, err error) {
 		h.name = name
 	}
 	if hasPort {
-		n, err := strconv.ParseUint(port, 10, 16)
-		if err != nil || n == 0 {
-			return h, errors.New("has a bad port: write host:port with a port of 1 to 65535")
+		if h.port, err = parsePort(port); err != nil {
+			return h, errors.New("has a bad port: write host:port with a port from 1 to 65535")
 		}
-		if n != 22 {
-			h.port = uint16(n)
+		if h.port == 22 {
+			h.port = 0
 		}
 	}
 	if h.socket, err = url.PathUnescape("/" + socket); err != nil {
@@ -153,6 +148,17 @@ func parseRest(rest string, mayHavePath bool) (h host, err error) {
 		return h, nil
 	}
 	return h, checkPart("socket path", h.socket, "._/+@:=~-", maxSocketPath)
+}
+
+// parseBrackets parses "[IPv6]" or "[IPv6]:port".
+func parseBrackets(authority string) (name, port string, hasPort bool, err error) {
+	name, port, _ = strings.Cut(authority[1:], "]")
+	port, hasPort = strings.CutPrefix(port, ":")
+	ip, err := netip.ParseAddr(strings.Replace(name, "%25", "%", 1)) // a zone follows %25 in a URL, else %
+	if err != nil || !ip.Is6() || len(name) > maxHostPart || badChar(ip.Zone(), ".-_") != "" || !hasPort && port != "" {
+		return "", "", false, errors.New("has no IPv6 address in its brackets, or more than :port after them: write ssh://[fe80::1%25eth0]:2222")
+	}
+	return ip.String(), port, hasPort, nil
 }
 
 // checkPart allows ASCII letters, digits and others, and nothing that ssh would take for an option.
@@ -170,7 +176,7 @@ func checkPart(what, s, others string, maxLen int) error {
 	return nil
 }
 
-// badChar returns the first character of s that is no ASCII letter, no digit and not in others, quoted, or "".
+// badChar returns, quoted, the first character of s that is not an ASCII letter, a digit or in others; "" if there is none.
 func badChar(s, others string) string {
 	for _, r := range s {
 		if !strings.ContainsRune(alnum+others, r) {
@@ -209,7 +215,7 @@ func resolveHost(flag string, getenv func(string) string, home string) (host, er
 		var config struct{ CurrentContext string }
 		from = filepath.Join(dir, "config.json")
 		if err := readDockerJSON(from, &config); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return host{}, fmt.Errorf("reading Docker's configuration: %w; mend it or use -host", err)
+			return host{}, fmt.Errorf("reading Docker's configuration: %w; fix it or use -host", err)
 		}
 		name = config.CurrentContext
 	}
@@ -223,7 +229,7 @@ func resolveHost(flag string, getenv func(string) string, home string) (host, er
 	if err := readDockerJSON(file, &meta); errors.Is(err, fs.ErrNotExist) {
 		return host{}, fmt.Errorf("the Docker context %+q (from %s) was not found: no file %s; see docker context ls, or use -host", name, from, file)
 	} else if err != nil {
-		return host{}, fmt.Errorf("reading Docker context %+q (from %s): %w; mend it or use -host", name, from, err)
+		return host{}, fmt.Errorf("reading Docker context %+q (from %s): %w; fix it or use -host", name, from, err)
 	}
 	return parseHostOf(fmt.Sprintf("the host of Docker context %+q (in %s)", name, file), meta.Endpoints["docker"].Host, true)
 }

@@ -133,7 +133,7 @@ func TestParseHostRefuses(t *testing.T) {
 		"a%4@h":                               `has a bad user name: invalid URL escape "%4"`,
 		"ssh://h:":                            "has a bad port",
 		"ssh://h:/d":                          "has a bad port",
-		"ssh://h:0":                           "has a bad port: write host:port with a port of 1 to 65535",
+		"ssh://h:0":                           "has a bad port: write host:port with a port from 1 to 65535",
 		"ssh://h:70000":                       "has a bad port",
 		"ssh://h:65536":                       "has a bad port",
 		"ssh://h:abc":                         "has a bad port",

@@ -1,5 +1,8 @@
 package main
 
+// instance.go: the files of an instance: their paths, the private directory that holds them, and the lock that makes an
+// instance the only one for its host and shows that it is alive.
+
 import (
 	"crypto/sha256"
 	"encoding/base64"
@@ -14,26 +17,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lock.go: the lock that makes an instance the only one for its host, and tells
-// whether it lives.
-
 // paths are the files of the instance for one host.
 type paths struct {
 	dir, lock, state, socket, control string
 }
 
-// stateDir is $RDHPF_DIR, else ~/.rdhpf.
+// stateDir returns $RDHPF_DIR, or ~/.rdhpf if that is not set.
 func stateDir(getenv func(string) string, home string) (string, error) {
 	if dir := getenv("RDHPF_DIR"); dir != "" {
 		return filepath.Abs(dir)
 	}
 	if home == "" {
-		return "", errors.New("there is no home directory: set RDHPF_DIR")
+		return "", errors.New("no home directory: set RDHPF_DIR")
 	}
 	return filepath.Join(home, ".rdhpf"), nil
 }
 
-// hostHash names the files of a host, given in canonical form.
+// hostHash returns the base name of the files of a host, given in canonical form.
 func hostHash(host string) string {
 	sum := sha256.Sum256([]byte(host))
 	return base64.URLEncoding.EncodeToString(sum[:])[:12]
@@ -41,13 +41,13 @@ func hostHash(host string) string {
 
 func pathsFor(dir, host string) paths { return pathsAt(dir, filepath.Join(dir, hostHash(host))) }
 
-// pathsAt returns the files that share the name base.
+// pathsAt returns the paths that share the prefix base.
 func pathsAt(dir, base string) paths {
 	return paths{dir, base + ".lock", base + ".state.json", base + ".sock", base + ".ctl"}
 }
 
-// check refuses a folder in which a socket's path would be too long: ssh binds
-// under a name 17 bytes longer, and the kernel takes 107 on Linux, 103 elsewhere.
+// check returns an error if the path of a socket is too long. The limit is 107 bytes on Linux and 103 elsewhere, and ssh
+// first binds to a name 17 bytes longer.
 func (p paths) check() error {
 	limit := 107
 	if runtime.GOOS != "linux" {
@@ -58,56 +58,53 @@ func (p paths) check() error {
 		limit int
 	}{{p.control, limit - 17}, {p.socket, limit}} {
 		if len(c.path) > c.limit {
-			return fmt.Errorf("%s is %d bytes long, and a socket's path can have %d here: set RDHPF_DIR to a shorter directory", c.path, len(c.path), c.limit)
+			return fmt.Errorf("the socket path %s is %d bytes long, but at most %d are allowed: set RDHPF_DIR to a shorter path", c.path, len(c.path), c.limit)
 		}
 	}
 	return nil
 }
 
-// makeDir creates the folder if it is missing, and refuses one that others could
-// have a hand in.
+// makeDir creates the directory if it is missing, and rejects one that others could tamper with.
 func makeDir(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("making the state directory: %w (RDHPF_DIR sets another)", err)
+		return fmt.Errorf("creating the state directory: %w (set RDHPF_DIR to use another)", err)
 	}
 	return checkDir(dir)
 }
 
-// checkDir refuses a folder that is a symlink, somebody else's or open to others.
+// checkDir rejects a directory that is a symbolic link, belongs to another user or is accessible to others.
 func checkDir(dir string) error {
 	info, err := os.Lstat(dir)
 	if err != nil {
-		return fmt.Errorf("looking at the state directory: %w", err)
+		return fmt.Errorf("checking the state directory: %w", err)
 	}
 	st, ok := info.Sys().(*syscall.Stat_t)
 	switch {
 	case info.Mode().Type() == fs.ModeSymlink:
-		return fmt.Errorf("%s is a symbolic link: rdhpf wants a directory of its own; RDHPF_DIR sets another", dir)
+		return fmt.Errorf("%s is a symbolic link: rdhpf needs a real directory; set RDHPF_DIR to use another", dir)
 	case !info.IsDir():
-		return fmt.Errorf("%s is no directory: rdhpf keeps its state there; RDHPF_DIR sets another", dir)
+		return fmt.Errorf("%s is not a directory: rdhpf keeps its state there; set RDHPF_DIR to use another", dir)
 	case ok && int(st.Uid) != os.Geteuid():
-		return fmt.Errorf("%s belongs to uid %d and not to you: RDHPF_DIR sets another", dir, st.Uid)
+		return fmt.Errorf("%s belongs to uid %d, not to you: set RDHPF_DIR to use another", dir, st.Uid)
 	case info.Mode().Perm()&0o077 != 0:
 		return fmt.Errorf("%s is open to other users (mode %04o): run chmod 700 %s", dir, info.Mode().Perm(), dir)
 	}
 	return nil
 }
 
-// heldError says that another live process has the lock. pid is 0 where the
-// system does not tell.
+// heldError means that another process holds the lock. pid is 0 if unknown.
 type heldError struct{ pid int }
 
-func (e *heldError) Error() string {
+func (held *heldError) Error() string {
 	s := "another rdhpf is running for this host"
-	if e.pid > 0 {
-		s += fmt.Sprintf(": pid %d", e.pid)
+	if held.pid > 0 {
+		s += fmt.Sprintf(": pid %d", held.pid)
 	}
-	return s + " (rdhpf status shows what it does, rdhpf stop ends it)"
+	return s + " (rdhpf status shows what it is doing, rdhpf stop stops it)"
 }
 
-// lockInstance takes the lock for the life of the process. The file is never
-// renamed nor removed. It is a lock of the process, so nothing in this process
-// may open the file a second time: closing that would release it.
+// lockInstance takes the lock for the life of the process. The file is never renamed or removed. The lock belongs to the
+// process, which must not open the file a second time: closing that descriptor would release the lock.
 func lockInstance(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -122,7 +119,7 @@ func lockInstance(path string) (*os.File, error) {
 		var pid int
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 			if pid, held, err = lockHolder(f); err == nil && !held {
-				continue // it ended just now
+				continue // the holder has just exited
 			}
 		}
 		f.Close()
@@ -133,7 +130,7 @@ func lockInstance(path string) (*os.File, error) {
 	}
 }
 
-// lockHolder asks the kernel who holds the lock, without ever taking it.
+// lockHolder returns the holder of the lock, without taking it.
 func lockHolder(f *os.File) (pid int, held bool, err error) {
 	lock := unix.Flock_t{Type: unix.F_RDLCK}
 	if err := unix.FcntlFlock(f.Fd(), unix.F_GETLK, &lock); err != nil {
@@ -142,14 +139,13 @@ func lockHolder(f *os.File) (pid int, held bool, err error) {
 	return int(lock.Pid), lock.Type != unix.F_UNLCK, nil
 }
 
-// lockedBy tells whether a live instance holds the lock, and its pid (0 where
-// the system does not tell). It never takes the lock.
+// lockedBy reports whether a live instance holds the lock, and its pid (0 if unknown). It never takes the lock.
 func lockedBy(path string) (pid int, held bool, err error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, false, nil
 	} else if err != nil {
-		return 0, false, fmt.Errorf("looking at the instance lock: %w", err)
+		return 0, false, fmt.Errorf("checking the instance lock: %w", err)
 	}
 	defer f.Close()
 	return lockHolder(f)

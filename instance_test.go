@@ -409,7 +409,7 @@ func TestLockRefuses(t *testing.T) {
 }
 
 func TestHeldError(t *testing.T) {
-	const ways = " (rdhpf status shows what it does, rdhpf stop ends it)"
+	const ways = " (rdhpf status shows what it is doing, rdhpf stop stops it)"
 	for pid, want := range map[int]string{4242: "another rdhpf is running for this host: pid 4242" + ways,
 		0: "another rdhpf is running for this host" + ways, -1: "another rdhpf is running for this host" + ways} {
 		if got := (&heldError{pid}).Error(); got != want {

@@ -1,70 +1,77 @@
 package main
 
+// link.go: the data path. Everything tied to one connection to the remote host
+// (its ssh master, the container list, the events), and how accepted connections
+// and probes pass through it.
+
 import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// link.go: everything that lives and dies with one ssh master: the master, the
-// goroutine that opens and closes ports, the one that lists containers, the one
-// that follows events. They tell the loop in run.go what they see.
-
 const (
-	lastWords    = 100 * time.Millisecond // for the master's end to be seen
-	steadyEngine = 5 * time.Second        // an engine that answered that long failed for the first time
+	lastWords    = 100 * time.Millisecond // to notice the master's exit
+	steadyEngine = 5 * time.Second        // an engine that worked this long starts over at one failure
+	probeHold    = 300 * time.Millisecond // a stream open this long plus a round trip has a listener
+	probeTimeout = 4 * time.Second        // for a whole probe
+	holdFor      = 10 * time.Second       // the longest a connection waits for the link
+	maxWaiting   = 256                    // connections waiting for the link
+	earlyEnd     = time.Second            // a remote end that closes sooner without sending anything is suspicious
+	lingerFor    = 5 * time.Second        // for the client to close once the service has
+	tellEvery    = time.Second            // between reports that a service answers
+	pieceSize    = 32 << 10               // bytes per read; larger transfers are left to the kernel
 )
 
-// What the link tells the loop.
-type (
-	linkUp    struct{ m *master }
-	linkDown  struct{ err error }
-	listTaken struct {
-		list   []container
-		took   time.Duration
-		server string
-	}
-	eventsFollowed struct{}
-	engineEvent    struct{ event }
-	engineLost     struct {
-		events bool // they are not followed; else there is no list
-		err    error
-	}
-	portsDone struct{ done []outcome }
-	probed    struct {
-		action
-		result probeResult
-	}
-	ownerFound struct {
-		key   key
-		owner string
-	}
-)
-
-// link is the loop's end of a connection: what it hands to the goroutines.
+// link is a connection to the remote host, or an attempt at one.
 type link struct {
-	batches chan []action // what to open and close
-	relist  chan struct{} // one place: a list is wanted
-	cancel  context.CancelFunc
-	first   bool // none worked before: an engine that does not answer ends it
-	send    func(any)
-	why     error // the loop's reason to end it
+	// Set at the start, then immutable.
+	r      *runner // the link's goroutines reach the loop only through tell
+	ctx    context.Context
+	cancel context.CancelFunc
+	relist chan struct{}   // requests a list; capacity 1
+	pings  chan chan error // requests a round trip
+	first  bool            // no link worked before: an engine that does not answer ends it
+
+	// Owned by the loop.
+	master    *master       // nil until it is ready
+	rtt       time.Duration // estimated from lists; 0 before the first
+	pace      time.Time     // start of the last scheduled probe
+	listedAt  time.Time     // when the newest list was requested
+	lookFrom  time.Time     // the first list requested since then has everything probed; zero: none
+	listDue   time.Time     // when to list again without a cause
+	wakeBy    time.Time     // deadline for the engine to answer; zero if none
+	listErr   error         // why listing fails
+	eventsErr error         // why following events fails
+	why       error         // the loop's reason for ending the link
 }
 
-// end ends the link for a reason of the loop's.
+// end ends the link for the given reason. Only the loop calls it.
 func (l *link) end(why error) {
 	l.why = why
 	l.cancel()
 }
 
-// wantList asks for a list, unless one is asked for already.
+// tell has the loop run do, unless the link is no longer the current one.
+func (l *link) tell(do func(now time.Time)) {
+	l.r.post(l.ctx, func(now time.Time) {
+		if l.r.link == l {
+			do(now)
+		}
+	})
+}
+
+// wantList requests a list, unless a request is pending.
 func (l *link) wantList() {
 	select {
 	case l.relist <- struct{}{}:
@@ -72,18 +79,21 @@ func (l *link) wantList() {
 	}
 }
 
-// run makes the connection and keeps it until something ends it or ctx ends,
-// and returns why, when all that it started has ended.
-func (l *link) run(ctx context.Context, ssh sshProgram, h host, control string, debug func(string)) error {
-	m, err := ssh.startMaster(ctx, h, control, debug)
+// run makes the connection and keeps it until it fails or the link's context ends.
+// It returns the cause once everything it started has ended.
+func (l *link) run() error {
+	m, err := l.r.ssh.startMaster(l.ctx, l.r.host, l.r.paths.control, func(line string) { l.r.log.Debug("ssh: " + line) })
 	if err != nil {
 		return err
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	defer m.stop() // first: a master that does not answer holds the others up
-	l.send(linkUp{m})
-	ctx, cancel := context.WithCancelCause(ctx)
+	defer m.stop() // runs first: a master that does not answer blocks the others
+	l.tell(func(time.Time) {
+		l.master = m
+		l.r.gate.set(m)
+	})
+	ctx, cancel := context.WithCancelCause(l.ctx)
 	defer cancel(nil)
 	start := func(part func() error) {
 		wg.Add(1)
@@ -100,11 +110,11 @@ func (l *link) run(ctx context.Context, ssh sshProgram, h host, control string, 
 		}
 		return nil
 	})
-	start(func() error { return m.serve(ctx, l.batches, func(done []outcome) { l.send(portsDone{done}) }) })
-	start(func() error { return l.keepListing(ctx, m, h.socket, listed) })
-	start(func() error { return l.keepFollowing(ctx, m, h.socket, listed) })
+	start(func() error { return m.watch(ctx) })
+	start(func() error { return l.keepListing(ctx, m, listed) })
+	start(func() error { return l.keepFollowing(ctx, m, listed) })
 	<-ctx.Done()
-	// Where the master ended, others may have noticed first; it knows why.
+	// If the master exited, others may have noticed first; it knows the cause.
 	select {
 	case <-m.done:
 		return m.exitError()
@@ -113,56 +123,115 @@ func (l *link) run(ctx context.Context, ssh sshProgram, h host, control string, 
 	}
 }
 
-// keepListing lists once, then at each wish. listed is closed after the first.
-func (l *link) keepListing(ctx context.Context, m *master, socket string, listed chan struct{}) error {
-	return l.keep(ctx, m, socket, true, func(e *engine, worked func()) error {
+// watch checks that the master is alive and its control socket in place. It
+// returns when that fails.
+func (m *master) watch(ctx context.Context) error {
+	conn := m.first
+	tick := time.NewTimer(untilBeat())
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+			tick.Reset(untilBeat())
+		}
+		if replaced(m.control, m.socket) {
+			return fmt.Errorf("%s was removed or replaced", m.control)
+		}
+		asked := time.Now()
+		_, err := conn.alive(muxTimeout)
+		if err != nil && time.Since(asked) > 2*muxTimeout { // we were the ones suspended
+			if conn, err = muxDial(m.control, muxTimeout); err == nil {
+				defer conn.Close()
+				_, err = conn.alive(muxTimeout)
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("%w: %w", errMaster, err)
+		}
+	}
+}
+
+// keepListing lists once, then on request. It closes listed after the first list.
+func (l *link) keepListing(ctx context.Context, m *master, listed chan struct{}) error {
+	return l.keep(ctx, m, true, func(e *engine, worked func()) error {
 		for {
 			began := time.Now()
 			list, err := e.list()
 			if err != nil {
 				return err
 			}
-			l.send(listTaken{list, time.Since(began), e.server})
+			took, server := time.Since(began), e.server
+			l.tell(func(now time.Time) { l.r.listed(now, l, list, began, took, server) })
 			worked()
 			if listed != nil {
 				close(listed)
 				listed = nil
 			}
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-l.relist:
+			for again := false; !again; {
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-l.relist:
+					again = true
+				case answer := <-l.pings:
+					err := e.ping(listTimeout)
+					answer <- err
+					if err != nil {
+						return err
+					}
+				}
 			}
 		}
 	})
 }
 
-// keepFollowing follows events, once there was a list: a cold start waits for
-// nothing but the list.
-func (l *link) keepFollowing(ctx context.Context, m *master, socket string, listed <-chan struct{}) error {
+// roundTrip returns once the remote host has answered a request sent after the
+// call.
+func (l *link) roundTrip(ctx context.Context) error {
+	answer := make(chan error, 1)
+	select {
+	case l.pings <- answer:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-answer:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// keepFollowing follows events after the first list, which is all that a cold
+// start has to wait for.
+func (l *link) keepFollowing(ctx context.Context, m *master, listed <-chan struct{}) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-listed:
 	}
-	return l.keep(ctx, m, socket, false, func(e *engine, worked func()) error {
+	return l.keep(ctx, m, false, func(e *engine, worked func()) error {
 		subscribed := func() {
 			worked()
-			l.send(eventsFollowed{})
+			l.tell(func(now time.Time) { l.r.following(now, l) })
 		}
-		return e.events(subscribed, func(ev event) { l.send(engineEvent{ev}) })
+		return e.events(subscribed, func(ev event) {
+			l.tell(func(now time.Time) { l.r.happened(now, l, ev) })
+		})
 	})
 }
 
-// keep has work done on a connection to the engine, and on a new one whenever
-// that fails, until ctx ends. A connection that just ended and comes back at
-// once is nothing to tell of. On a first link it has to work, where it must; and
-// no server that refuses the session will change its mind.
-func (l *link) keep(ctx context.Context, m *master, socket string, must bool, work func(e *engine, worked func()) error) error {
+// keep runs work on a connection to the engine, and on a new one after each
+// failure, until ctx ends. It does not report a single failure that is overcome at
+// once. On a first link it returns an error if listing never worked or the server
+// refused the session, since retrying will not help.
+func (l *link) keep(ctx context.Context, m *master, lists bool, work func(e *engine, worked func()) error) error {
 	worked, told := false, false
 	for failures := 0; ; {
-		var since time.Time // when it began to work
-		e, err := dialEngine(m.control, socket, listTimeout)
+		var since time.Time // when work first succeeded
+		e, err := dialEngine(m.control, l.r.host.socket, listTimeout)
 		if err == nil {
 			stop := context.AfterFunc(ctx, func() { e.Close() })
 			err = work(e, func() {
@@ -177,7 +246,7 @@ func (l *link) keep(ctx context.Context, m *master, socket string, must bool, wo
 			return ctx.Err()
 		}
 		var refused *muxError
-		if l.first && !worked && (must || errors.As(err, &refused)) {
+		if l.first && !worked && (lists || errors.As(err, &refused)) {
 			return err
 		}
 		if !since.IsZero() && time.Since(since) > steadyEngine {
@@ -185,7 +254,7 @@ func (l *link) keep(ctx context.Context, m *master, socket string, must bool, wo
 		}
 		if failures++; failures > 1 && !told && !errors.Is(err, errMaster) {
 			told = true
-			l.send(engineLost{!must, err})
+			l.tell(func(time.Time) { l.r.engineLost(l, lists, err) })
 		}
 		select {
 		case <-ctx.Done():
@@ -195,193 +264,478 @@ func (l *link) keep(ctx context.Context, m *master, socket string, must bool, wo
 	}
 }
 
-// forward.go: what is done to one forward from outside of the core: see whether
-// its local port can be bound, have the master open and close it, probe it.
-
-const probeHold = 300 * time.Millisecond // what stays open that long, plus a round trip, has a listener
-
-// raiseFileLimit raises the limit on open files as far as it goes, for ssh needs
-// one a port and inherits it, and returns how many probes it allows at once.
-func raiseFileLimit() int {
-	var l unix.Rlimit
-	if unix.Getrlimit(unix.RLIMIT_NOFILE, &l) != nil {
-		return 8
-	}
-	l.Cur = l.Max
-	unix.Setrlimit(unix.RLIMIT_NOFILE, &l)
-	return int(min(max(l.Max/16, 2), 64))
+// gate hands connections to the current link. While there is none, they wait for
+// the next.
+type gate struct {
+	mu      sync.Mutex
+	master  *master       // nil: no link
+	changed chan struct{} // closed when master changes
+	waiting int
 }
 
-// bindable tells whether a local address can be bound, as ssh would: nil, or
-// the errno. ssh says only that it failed. The socket never listens, so that
-// no client can fall into it.
-func bindable(a netip.AddrPort) error {
-	var domain int
-	var sa unix.Sockaddr
-	if a.Addr().Is4() {
-		domain, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
-	} else {
-		domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+func newGate() *gate { return &gate{changed: make(chan struct{})} }
+
+// set makes m the master for new connections. Only the loop calls it.
+func (g *gate) set(m *master) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.master != m {
+		g.master = m
+		close(g.changed)
+		g.changed = make(chan struct{})
 	}
-	syscall.ForkLock.RLock()
-	fd, err := unix.Socket(domain, unix.SOCK_STREAM, 0)
+}
+
+// pass waits for a master other than failed and returns it.
+func (g *gate) pass(ctx context.Context, failed *master) (*master, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.master != nil && g.master != failed {
+		return g.master, nil
+	}
+	if g.waiting >= maxWaiting {
+		return nil, errors.New("too many connections waiting for the remote host")
+	}
+	g.waiting++
+	defer func() { g.waiting-- }()
+	for {
+		changed := g.changed
+		g.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+		g.mu.Lock()
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if g.master != nil && g.master != failed {
+			return g.master, nil
+		}
+	}
+}
+
+// dial opens a stream to an address on the remote host through the link. If the
+// link fails it uses the next one, since nothing has reached the service yet. A
+// refusal, a *muxError, is final.
+func (g *gate) dial(ctx context.Context, to netip.AddrPort) (*muxStream, *master, error) {
+	ctx, cancel := context.WithTimeout(ctx, holdFor)
+	defer cancel()
+	var m *master
+	for {
+		var err error
+		if m, err = g.pass(ctx, m); err != nil {
+			return nil, nil, err
+		}
+		s, err := m.dial(ctx, to)
+		if err == nil || errors.As(err, new(*muxError)) || !masterGone(err) {
+			return s, m, err
+		}
+	}
+}
+
+// masterGone reports whether a dial error means that the master has ended.
+func masterGone(err error) bool {
+	for _, gone := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNREFUSED, syscall.ENOENT} {
+		if errors.Is(err, gone) {
+			return true
+		}
+	}
+	return false
+}
+
+// dial opens a stream to an address on the remote host. The end of ctx aborts the
+// dial.
+func (m *master) dial(ctx context.Context, to netip.AddrPort) (*muxStream, error) {
+	select {
+	case m.dials <- struct{}{}:
+	case <-m.done:
+		return nil, io.ErrUnexpectedEOF
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	return muxOpenStream(ctx, m.control, to, func() { <-m.dials })
+}
+
+// door is an open forward: listeners on its local addresses.
+type door struct {
+	r     *runner
+	key   key
+	meter *meter
+	ctx   context.Context // ends when the door closes; aborts connections that wait
+	shut  context.CancelFunc
+
+	// Owned by the loop.
+	listeners map[netip.Addr]net.Listener
+	missing   []netip.Addr // additional addresses that are not open
+	told      bool         // whether missing addresses were reported
+	warning   string       // about the first missing address
+}
+
+// listen opens a local address and carries its connections until the door is
+// closed.
+func (d *door) listen(a netip.Addr) error {
+	family := "tcp6"
+	if a.Is4() {
+		family = "tcp4"
+	}
+	listen := net.ListenConfig{KeepAlive: -1} // the peer is on this machine
+	l, err := listen.Listen(d.ctx, family, netip.AddrPortFrom(a, d.key.local.Port()).String())
+	if err != nil {
+		return err
+	}
+	d.listeners[a] = l
+	d.r.start(func() { d.accept(l) })
+	return nil
+}
+
+// close closes the door: new connections are refused, waiting ones are reset, and
+// established ones continue.
+func (d *door) close() {
+	d.shut()
+	for _, l := range d.listeners {
+		l.Close()
+	}
+}
+
+func (d *door) accept(l net.Listener) {
+	for failures := 0; ; {
+		conn, err := l.Accept()
+		switch {
+		case err == nil:
+			failures = 0
+			d.r.start(func() { d.carry(conn.(*net.TCPConn)) })
+			continue
+		case errors.Is(err, net.ErrClosed):
+			return
+		}
+		failures++ // probably out of file descriptors; others may be closed soon
+		select {
+		case <-d.ctx.Done():
+			return
+		case <-time.After(backoff(failures)):
+		}
+	}
+}
+
+// carry relays an accepted connection to the service and back. It resets the
+// connection if the service cannot be reached or the link ends, so that a failure
+// looks neither like an empty response nor like a complete one.
+func (d *door) carry(local *net.TCPConn) {
+	d.meter.connections.Add(1)
+	d.meter.open.Add(1)
+	defer d.meter.open.Add(-1)
+	d.meter.used.Store(time.Now().UnixNano())
+	defer local.Close()
+	s, m, err := d.r.gate.dial(d.ctx, d.key.remote)
+	if err != nil {
+		local.SetLinger(0)
+		if errors.As(err, new(*muxError)) {
+			d.suspect()
+		}
+		return
+	}
+	defer s.Close()
+	defer context.AfterFunc(d.r.ctx, func() {
+		local.SetLinger(0)
+		local.Close()
+		s.Close()
+	})()
+	opened := time.Now()
+	sent := make(chan struct{})
+	var clientEnded atomic.Bool
+	d.r.start(func() {
+		defer close(sent)
+		d.send(local, s, &clientEnded)
+	})
+	empty := true
+	err = pump(local, s.out, func(n int64) {
+		empty = false
+		d.count(&d.meter.in, n)
+		d.answered()
+	})
+	if err == nil && !m.survives(s) {
+		local.SetLinger(0)
+	} else if err == nil {
+		if empty && !clientEnded.Load() && time.Since(opened) < earlyEnd {
+			d.suspect()
+		}
+		local.CloseWrite()
+		s.awaitEnd()
+		select { // closed with something unread, it would lose what the client has yet to get
+		case <-sent:
+		case <-time.After(lingerFor):
+		}
+	}
+	s.Close()
+	local.Close()
+	<-sent
+}
+
+// survives reports whether the master has outlived the end of a stream's output;
+// if not, the service did not cause that end. Only an answer proves it: when a
+// process dies, Linux closes its descriptors in any order.
+func (m *master) survives(s *muxStream) bool {
+	if _, err := s.mux.alive(muxTimeout); err == nil {
+		return true
+	}
+	conn, err := muxDial(m.control, muxTimeout) // the master closes streams that have ended both ways
 	if err == nil {
-		unix.CloseOnExec(fd)
+		conn.Close()
 	}
-	syscall.ForkLock.RUnlock()
+	return err == nil
+}
+
+// send copies from the client to the service. The client's EOF closes that
+// direction; an error on its side closes both.
+func (d *door) send(local *net.TCPConn, s *muxStream, clientEnded *atomic.Bool) {
+	err := pump(s.in, local, func(n int64) { d.count(&d.meter.out, n) })
+	switch {
+	case err == nil:
+		clientEnded.Store(true) // before the service can know
+		s.in.Close()
+	case errors.Is(err, syscall.EPIPE): // the service reads no more, but the client may still read
+		io.Copy(io.Discard, local)
+	default:
+		s.Close()
+	}
+}
+
+func (d *door) count(bytes *atomic.Int64, n int64) {
+	bytes.Add(n)
+	d.meter.used.Store(time.Now().UnixNano())
+}
+
+// answered tells the loop that the service answers, at most every tellEvery.
+func (d *door) answered() {
+	now, told := time.Now().UnixNano(), d.meter.told.Load()
+	if now-told > int64(tellEvery) && d.meter.told.CompareAndSwap(told, now) {
+		d.r.post(d.ctx, func(now time.Time) { d.r.state.answered(now, d.key) })
+	}
+}
+
+// suspect tells the loop that a connection found no service.
+func (d *door) suspect() {
+	d.r.post(d.ctx, func(now time.Time) { d.r.state.suspected(now, d.key) })
+}
+
+// duplex is a connection that pump can copy from and to.
+type duplex interface {
+	io.ReadWriter
+	syscall.Conn
+	SetReadDeadline(time.Time) error
+}
+
+var pieces = sync.Pool{New: func() any { return new([pieceSize]byte) }}
+
+// pump copies from src to dst until src ends, reporting the bytes to count. Small
+// pieces are read and written so that each is counted as it passes. After a full
+// piece the kernel splices, for a second at a time.
+func pump(dst, src duplex, count func(n int64)) error {
+	raw, err := src.SyscallConn()
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
-	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1); err != nil {
-		return err
-	}
-	return unix.Bind(fd, sa)
-}
-
-// outcome is the result of an openPort or closePort.
-type outcome struct {
-	action
-	err error
-}
-
-// carryOut has the master close ports, then open ports. An error means that the
-// master is of no use any more.
-func (m *master) carryOut(conn *muxConn, acts []action) ([]outcome, error) {
-	closed, err := m.carryOutAll(conn, acts, closePort)
-	if err != nil {
-		return nil, err
-	}
-	opened, err := m.carryOutAll(conn, acts, openPort)
-	return append(closed, opened...), err
-}
-
-// carryOutAll does those acts that are of one verb, and tells why each that
-// failed did.
-func (m *master) carryOutAll(conn *muxConn, acts []action, verb verb) (done []outcome, err error) {
-	var sent []action
-	var ops []muxForward
-	for _, a := range acts {
-		if a.verb != verb {
+	for {
+		n, err := pumpPiece(dst, raw)
+		if n > 0 {
+			count(int64(n))
+		}
+		if n == 0 || err != nil {
+			return err
+		}
+		if n < pieceSize {
 			continue
 		}
-		if verb == openPort {
-			if err := bindable(a.key.local); err != nil {
-				done = append(done, outcome{a, err})
-				continue
-			}
+		src.SetReadDeadline(time.Now().Add(time.Second))
+		spliced, err := io.Copy(dst, src)
+		src.SetReadDeadline(time.Time{})
+		if spliced > 0 {
+			count(spliced)
 		}
-		sent = append(sent, a)
-		ops = append(ops, muxForward{
-			cancel:     verb == closePort,
-			listenHost: a.key.local.Addr().String(), listenPort: a.key.local.Port(),
-			connectHost: a.key.remote.Addr().String(), connectPort: a.key.remote.Port(),
-		})
-	}
-	results, err := conn.forward(ops, muxTimeout)
-	if err != nil {
-		return nil, err
-	}
-	for i, err := range results {
-		if err != nil && verb == openPort {
-			// Somebody may have been faster since the first look.
-			if busy := bindable(sent[i].key.local); busy != nil {
-				err = busy
-			} else if word := m.lastWord(); word != "" {
-				err = fmt.Errorf("%w: %s", err, word)
-			}
-		}
-		done = append(done, outcome{sent[i], err})
-	}
-	return done, nil
-}
-
-// serve carries out batches until ctx ends, and between them sees that the
-// master is alive and still where it was. It returns why it is not.
-func (m *master) serve(ctx context.Context, batches <-chan []action, report func([]outcome)) error {
-	conn, err := muxDial(m.control, muxTimeout)
-	if err != nil {
-		return err
-	}
-	defer func() { conn.Close() }()
-	tick := time.NewTimer(untilBeat())
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case batch := <-batches:
-			done, err := m.carryOut(conn, batch)
-			if err != nil {
-				return fmt.Errorf("%w: %w", errMaster, err)
-			}
-			report(done)
-		case <-tick.C:
-			tick.Reset(untilBeat())
-			if replaced(m.control, m.socket) {
-				return fmt.Errorf("somebody removed or replaced %s", m.control)
-			}
-			asked := time.Now()
-			_, err := conn.alive(muxTimeout)
-			if err != nil && time.Since(asked) > 2*muxTimeout { // it was us who stood still
-				var again *muxConn
-				if again, err = muxDial(m.control, muxTimeout); err == nil {
-					conn.Close()
-					conn = again
-					_, err = conn.alive(muxTimeout)
-				}
-			}
-			if err != nil {
-				return fmt.Errorf("%w: %w", errMaster, err)
-			}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
 		}
 	}
 }
 
-// probe finds out whether something answers behind the local end. That the server
-// refuses is known from a word on ssh's stderr, which may be about another
-// connection: so it is asked a second time, while no other probe is under way.
-func (m *master) probe(ctx context.Context, local netip.AddrPort, rtt time.Duration) probeResult {
+// pumpPiece waits for data and copies what is available. It takes a buffer only
+// then, since most connections are idle most of the time. At EOF it returns 0 and
+// no error.
+func pumpPiece(dst io.Writer, src syscall.RawConn) (n int, err error) {
+	var piece *[pieceSize]byte
+	waited := src.Read(func(fd uintptr) bool {
+		piece = pieces.Get().(*[pieceSize]byte)
+		for {
+			n, err = unix.Read(int(fd), piece[:])
+			if err != unix.EINTR {
+				break
+			}
+		}
+		if err == unix.EAGAIN {
+			pieces.Put(piece)
+			piece = nil
+			return false
+		}
+		return true
+	})
+	if piece == nil {
+		return 0, waited // the connection was closed
+	}
+	defer pieces.Put(piece)
+	if err != nil || n <= 0 {
+		return 0, err
+	}
+	return dst.Write(piece[:n])
+}
+
+// raiseFileLimit raises the limit on open files to the maximum and returns it. The
+// ssh master inherits the limit and needs it as well.
+func raiseFileLimit() int {
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return 256
+	}
+	limit.Cur = limit.Max
+	unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	return int(min(limit.Max, 1<<20))
+}
+
+// probe checks whether the service behind a forward answers. The cause of a refusal
+// is known only from ssh's stderr, where it may concern another connection. In case
+// of doubt it tries again with no other probe in progress.
+func (l *link) probe(ctx context.Context, m *master, w want, rtt time.Duration) probeResult {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
 	m.probes.RLock()
-	result := m.probeOnce(ctx, local, rtt)
+	result, sure := l.probeOnce(ctx, m, w, rtt)
 	m.probes.RUnlock()
-	if result == probeRefused {
+	if !sure {
 		m.probes.Lock()
 		defer m.probes.Unlock()
-		result = m.probeOnce(ctx, local, rtt)
+		result, _ = l.probeOnce(ctx, m, w, rtt)
 	}
 	return result
 }
 
-// probeOnce connects to the local end and reads: what closes at once has nobody
-// behind it. It sends nothing.
-func (m *master) probeOnce(ctx context.Context, local netip.AddrPort, rtt time.Duration) probeResult {
-	before := m.prohibited.Load()
-	var d net.Dialer
-	ctx, cancel := context.WithTimeout(ctx, probeHold+rtt)
-	defer cancel()
-	conn, err := d.DialContext(ctx, "tcp", local.String())
-	if errors.Is(err, syscall.ECONNREFUSED) {
-		return probeGone
-	} else if err != nil {
-		return probeSilent
-	}
-	defer conn.Close()
-	deadline, _ := ctx.Deadline()
-	conn.SetReadDeadline(deadline)
-	stop := context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	var b [1]byte
-	n, err := conn.Read(b[:])
-	var timeout net.Error
-	if n > 0 || errors.As(err, &timeout) && timeout.Timeout() {
-		return probeAnswered
-	}
-	// ssh says why before it closes, but on another way than the connection.
-	for until := time.Now().Add(50 * time.Millisecond); time.Now().Before(until); time.Sleep(time.Millisecond) {
-		if m.prohibited.Load() != before {
-			return probeRefused
+// probeOnce first tries the container's own address, where the result is exact and
+// a refusal disturbs no one; then the published address, where the engine's proxy
+// may accept even if nothing listens behind it.
+func (l *link) probeOnce(ctx context.Context, m *master, w want, rtt time.Duration) (result probeResult, sure bool) {
+	if w.direct.IsValid() && w.private != 0 {
+		switch l.reach(ctx, m, w, rtt) {
+		case wasReached:
+			return probeAnswered, true
+		case refusedThere:
+			if w.onlyNet {
+				return probeSilent, true
+			}
+		case unsure:
+			return probeUnknown, false
 		}
 	}
-	return probeSilent
+	s, got := m.attempt(ctx, w.remote)
+	switch got {
+	case wasReached:
+		defer s.Close()
+		return l.hold(ctx, m, s), true
+	case forbiddenToGo:
+		return probeForbidden, true
+	case refusedThere, unreachable:
+		return probeSilent, true
+	}
+	return probeUnknown, got != unsure
+}
+
+// reach reports whether the container's own address answers. If it is silent but
+// the remote host's end of its network is not, the container itself is silent.
+func (l *link) reach(ctx context.Context, m *master, w want, rtt time.Duration) outcome {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	direct := make(chan outcome, 1)
+	l.r.start(func() {
+		s, got := m.attempt(ctx, netip.AddrPortFrom(w.direct, w.private))
+		if s != nil {
+			s.Close()
+		}
+		direct <- got
+	})
+	got, soon := noAnswer, 2*rtt+probeHold
+	select {
+	case got = <-direct:
+	case <-time.After(soon):
+	}
+	if got != noAnswer && got != unreachable || !w.gateway.IsValid() {
+		return got
+	}
+	nearCtx, cancel := context.WithTimeout(ctx, soon)
+	defer cancel()
+	s, near := m.attempt(nearCtx, netip.AddrPortFrom(w.gateway, 1)) // a port that no engine redirects to a container
+	if s != nil {
+		s.Close()
+	}
+	if near != wasReached && near != refusedThere {
+		return got // the network is not local to the remote host
+	}
+	if got == unreachable {
+		return refusedThere
+	}
+	select {
+	case got = <-direct:
+	case <-time.After(probeHold):
+		got = refusedThere
+	}
+	return got
+}
+
+// attempt connects to an address from the remote host. If the address was reached,
+// the caller must close the stream.
+func (m *master) attempt(ctx context.Context, to netip.AddrPort) (*muxStream, outcome) {
+	var before [nOutcomes]int64
+	for i := range before {
+		before[i] = m.refusals[i].Load()
+	}
+	s, err := m.dial(ctx, to)
+	switch {
+	case err == nil:
+		return s, wasReached
+	case !errors.As(err, new(*muxError)):
+		return nil, noAnswer
+	}
+	// ssh writes the cause before it answers, but to its stderr.
+	for until := time.Now().Add(50 * time.Millisecond); time.Now().Before(until); time.Sleep(time.Millisecond) {
+		got, kinds := unsure, 0
+		for i := range before {
+			if m.refusals[i].Load() > before[i] {
+				got = outcome(i)
+				kinds++
+			}
+		}
+		if kinds == 1 {
+			return nil, got
+		} else if kinds > 1 {
+			break
+		}
+	}
+	return nil, unsure
+}
+
+// hold checks that a stream stays open for a while and then for a round trip,
+// without which silence would prove nothing.
+func (l *link) hold(ctx context.Context, m *master, s *muxStream) probeResult {
+	for _, wait := range []time.Duration{probeHold, 10 * time.Millisecond} {
+		s.out.SetReadDeadline(time.Now().Add(wait))
+		n, err := s.out.Read(make([]byte, 1))
+		switch {
+		case n > 0:
+			return probeAnswered
+		case ctx.Err() != nil || !errors.Is(err, os.ErrDeadlineExceeded) && !m.survives(s):
+			return probeUnknown
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return probeSilent
+		case wait == probeHold && l.roundTrip(ctx) != nil:
+			return probeUnknown
+		}
+	}
+	return probeAnswered
 }

@@ -1,7 +1,7 @@
 package main
 
-// log.go: what a person sees on stderr. A line is a sentence; its attributes are
-// for machines, in -log-format json, and for -log-level debug.
+// What `rdhpf run` prints on stderr. A message is a sentence; its attributes are shown only in -log-format json and with
+// -log-level debug.
 
 import (
 	"bytes"
@@ -15,14 +15,13 @@ import (
 )
 
 const (
-	maxLines  = 1000        // that wait to be written
-	lastLines = time.Second // for them to be written at the end
+	maxLines  = 1000        // waiting to be written
+	lastLines = time.Second // to write them at the end
 )
 
-// newLogger writes to w in the given format, "text" or "json", and holds nobody
-// up who logs: a terminal that is stopped with Ctrl-S, or a pipe that nobody
-// reads, must not stop the forwards. broken is called when w takes no more, at
-// each line. end writes what still waits; after it nothing may be logged.
+// newLogger returns a logger that writes to w in the given format, "text" or "json", and never blocks: a terminal stopped
+// with Ctrl-S, or a pipe that nobody reads, must not stop the forwards. broken is called for each line that could not be
+// written. end writes the lines that still wait; nothing may be logged after it.
 func newLogger(w io.Writer, level slog.Level, format string, broken func(error)) (log *slog.Logger, end func()) {
 	handler := func(w io.Writer) slog.Handler {
 		if format == "json" {
@@ -39,7 +38,7 @@ func newLogger(w io.Writer, level slog.Level, format string, broken func(error))
 				broken(err)
 			}
 			if n := q.lost.Swap(0); n > 0 {
-				slog.New(handler(w)).Warn(fmt.Sprintf("%d lines are lost: nobody read this", n))
+				slog.New(handler(w)).Warn(fmt.Sprintf("%d lines were lost: nobody was reading", n))
 			}
 		}
 	}()
@@ -52,7 +51,7 @@ func newLogger(w io.Writer, level slog.Level, format string, broken func(error))
 	}
 }
 
-// lineQueue is where lines wait to be written. What finds no room is counted.
+// lineQueue is where lines wait to be written. Those for which there is no room are counted.
 type lineQueue struct {
 	lines chan []byte
 	lost  atomic.Int64
@@ -67,25 +66,24 @@ func (q *lineQueue) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// lineHandler prints "15:04:05 message", with the level where it is not info, in
-// one write.
+// lineHandler prints "15:04:05 message", with the level unless that is info, in a single write.
 type lineHandler struct {
 	w     io.Writer
 	level slog.Level
 	attrs []slog.Attr
 }
 
-func (h *lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
+func (lh *lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= lh.level }
 
-func (h *lineHandler) WithGroup(string) slog.Handler { return h }
+func (lh *lineHandler) WithGroup(string) slog.Handler { return lh }
 
-func (h *lineHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	c := *h
-	c.attrs = append(h.attrs[:len(h.attrs):len(h.attrs)], attrs...)
+func (lh *lineHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	c := *lh
+	c.attrs = append(lh.attrs[:len(lh.attrs):len(lh.attrs)], attrs...)
 	return &c
 }
 
-func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
+func (lh *lineHandler) Handle(_ context.Context, r slog.Record) error {
 	var b strings.Builder
 	b.WriteString(r.Time.Format("15:04:05 "))
 	switch {
@@ -97,17 +95,17 @@ func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 		b.WriteString("debug: ")
 	}
 	b.WriteString(printable(r.Message, 4000))
-	if h.level < slog.LevelInfo {
+	if lh.level < slog.LevelInfo {
 		add := func(a slog.Attr) bool {
 			fmt.Fprintf(&b, " %s=%q", a.Key, a.Value.String())
 			return true
 		}
-		for _, a := range h.attrs {
+		for _, a := range lh.attrs {
 			add(a)
 		}
 		r.Attrs(add)
 	}
 	b.WriteByte('\n')
-	_, err := io.WriteString(h.w, b.String())
+	_, err := io.WriteString(lh.w, b.String())
 	return err
 }

@@ -111,8 +111,8 @@ func TestLogLost(t *testing.T) {
 // Nobody reads for a while: who logs goes on, and what got lost is counted.
 func TestLogUnread(t *testing.T) {
 	for _, c := range []struct{ format, want string }{
-		{"text", " warning: 500 lines are lost: nobody read this\n"},
-		{"json", `"level":"WARN","msg":"500 lines are lost: nobody read this"}` + "\n"},
+		{"text", " warning: 500 lines were lost: nobody was reading\n"},
+		{"json", `"level":"WARN","msg":"500 lines were lost: nobody was reading"}` + "\n"},
 	} {
 		r, w := io.Pipe() // a write waits for its reader
 		log, end := newLogger(w, slog.LevelInfo, c.format, func(err error) { t.Error(err) })

@@ -1,6 +1,6 @@
 package main
 
-// Tests of what is made of lsof's output, and against the real one.
+// Tests of lsof.go: of what it makes of lsof's output, against the real one, and against one that hangs.
 
 import (
 	"context"
@@ -9,9 +9,10 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"slices"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 const lsofOutput = `p812
@@ -36,13 +37,19 @@ f9
 n[fe80::1%lo0]:7000
 f10
 n10.0.0.5:7000
+p6000
+ccurl
+f5
+n192.168.1.2:51234->93.184.216.34:443
+f6
+n[::1]:8080->[::1]:51000
 `
 
 func TestParseLsof(t *testing.T) {
 	for _, c := range []struct{ name, in, want string }{
 		{"nothing", "", ""},
 		{"real", lsofOutput, `812 sshd 0.0.0.0:22; 812 sshd 0.0.0.0:22; 1290 nginx 127.0.0.1:8080; 1290 nginx [::1]:8080; ` +
-			`4242 node\x20server 0.0.0.0:3000; 5000 ControlCenter [fe80::1%lo0]:7000; 5000 ControlCenter 10.0.0.5:7000`},
+			`4242 node\x20server 0.0.0.0:3000; 5000 ControlCenter [fe80::1%lo0]:7000; 5000 ControlCenter 10.0.0.5:7000; 6000 curl 192.168.1.2:51234 connected; 6000 curl [::1]:8080 connected`},
 		{"no newline at the end", "p1\ncinit\nf3\nn*:80", "1 init 0.0.0.0:80"},
 		{"a process without a command", "p1\nca\nn*:80\np2\nn*:81", "1 a 0.0.0.0:80; 2  0.0.0.0:81"},
 		{"no process", "cx\nn*:80\n", ""},
@@ -53,7 +60,11 @@ func TestParseLsof(t *testing.T) {
 	} {
 		var got []string
 		for _, l := range parseLsof(c.in) {
-			got = append(got, fmt.Sprintf("%d %s %s", l.pid, l.command, l.addr))
+			text := fmt.Sprintf("%d %s %s", l.pid, l.command, l.addr)
+			if l.connected {
+				text += " connected"
+			}
+			got = append(got, text)
 		}
 		if g := strings.Join(got, "; "); g != c.want {
 			t.Errorf("%s:\n got %q\nwant %q", c.name, g, c.want)
@@ -85,7 +96,7 @@ func needLsof(t *testing.T) {
 	}
 }
 
-func TestListeners(t *testing.T) {
+func TestOwnersListener(t *testing.T) {
 	needLsof(t)
 	for _, address := range []string{"127.0.0.1:0", "[::1]:0", ":0"} {
 		t.Run(address, func(t *testing.T) {
@@ -95,50 +106,73 @@ func TestListeners(t *testing.T) {
 			}
 			defer l.Close()
 			at := l.Addr().(*net.TCPAddr).AddrPort()
-			all, err := listeners(context.Background())
-			if err != nil {
-				t.Fatal(err)
-			}
-			if !slices.ContainsFunc(all, func(l listener) bool {
-				return l.pid == os.Getpid() && l.command != "" && l.addr.Port() == at.Port() &&
-					(l.addr.Addr() == at.Addr() || l.addr.Addr().IsUnspecified() && at.Addr().IsUnspecified())
-			}) {
-				t.Errorf("this process is not in %v", all)
-			}
-			who := fmt.Sprintf(", pid %d", os.Getpid())
-			asked := at
 			if at.Addr().IsUnspecified() {
-				asked = netip.AddrPortFrom(loopback4, at.Port())
+				at = netip.AddrPortFrom(loopback4, at.Port())
 			}
-			if got := new(owners).of(context.Background(), asked); !strings.HasSuffix(got, who) || got == who {
-				t.Errorf("the owner of %v is %q, want NAME%s", asked, got, who)
+			got := new(owners).of(context.Background(), at)
+			if want := fmt.Sprintf(", pid %d", os.Getpid()); !strings.HasPrefix(got, "held by ") || !strings.HasSuffix(got, want) {
+				t.Errorf("the owner of %v is %q, want held by NAME%s", at, got, want)
 			}
 		})
 	}
 }
 
-// What nobody holds, or who holds another address, is not named.
-func TestOwnersNone(t *testing.T) {
+// Where nothing listens, a connection that has the port as its local end is named, and one that has just ended guessed.
+func TestOwnersConnection(t *testing.T) {
 	needLsof(t)
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	other := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.77"), l.Addr().(*net.TCPAddr).AddrPort().Port())
-	if got := new(owners).of(context.Background(), other); got != "" {
-		t.Errorf("the owner of %v is %q, want none", other, got)
+	conn, err := net.Dial("tcp4", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	if _, err := listeners(ctx); err == nil {
-		t.Error("no error when cancelled")
+	at := conn.LocalAddr().(*net.TCPAddr).AddrPort()
+	got := new(owners).of(context.Background(), at)
+	if want := fmt.Sprintf(", pid %d, uses it; free within a minute", os.Getpid()); !strings.HasPrefix(got, "an outgoing connection of ") || !strings.HasSuffix(got, want) {
+		t.Errorf("the owner of %v is %q, want an outgoing connection of NAME%s", at, got, want)
 	}
+	other := netip.AddrPortFrom(netip.MustParseAddr("127.0.0.77"), at.Port())
+	const ended = "an outgoing connection uses it or has just ended; free within a minute"
+	if got := new(owners).of(context.Background(), other); got != ended {
+		t.Errorf("the owner of %v is %q, want %q", other, got, ended)
+	}
+	conn.Close()
 	t.Setenv("PATH", t.TempDir())
-	if _, err := listeners(context.Background()); err == nil || !strings.Contains(err.Error(), "lsof") {
+	if _, err := tcpSockets(context.Background()); err == nil || !strings.Contains(err.Error(), "lsof") {
 		t.Errorf("error %v without lsof", err)
 	}
-	if got := new(owners).of(context.Background(), other); got != "" {
-		t.Errorf("the owner without lsof: %q", got)
+	if got := new(owners).of(context.Background(), other); got != ended {
+		t.Errorf("the owner without lsof: %q, want %q", got, ended)
+	}
+	if got := new(owners).of(context.Background(), l.Addr().(*net.TCPAddr).AddrPort()); got != "" {
+		t.Errorf("the owner of a listener without lsof: %q", got)
+	}
+}
+
+// An lsof that hangs, and whose child keeps its output open, holds nobody up.
+func TestLsofHangs(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "lsof"), []byte("#!/bin/sh\nsleep 10 &\nsleep 10\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	ctx, cancel := context.WithCancel(context.Background())
+	time.AfterFunc(200*time.Millisecond, cancel)
+	start := time.Now()
+	if all, err := tcpSockets(ctx); err == nil {
+		t.Errorf("it lists %v", all)
+	}
+	if took := time.Since(start); took > 2*time.Second {
+		t.Errorf("it took %v after it was cancelled", took)
+	}
+	start = time.Now()
+	if got := new(owners).of(context.Background(), netip.MustParseAddrPort("127.0.0.77:1")); !strings.HasPrefix(got, "an outgoing connection uses it") {
+		t.Errorf("the owner is %q", got)
+	}
+	if took := time.Since(start); took > lsofTimeout+2*time.Second {
+		t.Errorf("it took %v", took)
 	}
 }

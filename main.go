@@ -1,35 +1,51 @@
 /*
-Rdhpf makes the ports that containers publish on a remote Docker host answer on
-127.0.0.1.
+Rdhpf forwards the ports that containers publish on a remote Docker host to localhost.
 
 Usage:
 
-	rdhpf run [-host HOST] [-map PUBLISHED=LOCAL,…] [-skip PORTS] [-only PORTS] [-bind ADDR]
-	          [-retry] [-log-level debug|info|warn|error] [-log-format text|json]
+	rdhpf run [-host HOST] [-map PUBLISHED=LOCAL,…] [-skip PORTS] [-only PORTS] [-no-probe PORTS]
+	          [-bind ADDRESSES] [-retry] [-log-level debug|info|warn|error] [-log-format text|json]
 	rdhpf status [-host HOST] [-wide] [-json] [-watch]
-	rdhpf status [-host HOST] -wait TIME [PORT…]
+	rdhpf status [-host HOST] [-wide] [-json] -wait TIME [PORT…]
 	rdhpf health | pause | resume | reload | stop [-host HOST] [-json]
 	rdhpf version
 
-HOST is ssh://[user@]host[:port][/path/to/docker.sock], user@host, or an alias of
-ssh_config. Without it rdhpf takes what docker would: DOCKER_HOST, DOCKER_CONTEXT
-or the current context.
+HOST is ssh://[user@]host[:port][/path/to/docker.sock], user@host, or an alias from
+ssh_config. Without it rdhpf uses the host that docker would use: that of DOCKER_HOST,
+of DOCKER_CONTEXT or of the current context.
 
-Run keeps one connection of the ssh that you have, with your ssh_config, keys
+Run keeps one connection open, using the installed ssh with your ssh_config, keys
 and agent; it never asks for a password. It forwards every published TCP port of
-every running container to the same port of 127.0.0.1, or to what -map says, and
-goes on until it is interrupted. Reload reads the same settings from config.json.
+every running container to the same port of 127.0.0.1 and ::1, until it is interrupted.
+PORTS is a list of ports and ranges, such as 22,8000-8099.
 
-Status tells, from another shell, what is forwarded and why something is not. It
-asks the running instance, else reads what it wrote last, else looks with lsof
-for an ssh that listens. Health exits with 0 only when all is well. Pause closes
-all local ports and keeps the connection, resume opens them again.
+	-map 80=8080          forward a published port to another local port
+	-skip, -only PORTS    forward all ports but these, or only these
+	-bind ADDRESSES       listen on these addresses rather than 127.0.0.1,::1
+	-no-probe PORTS       never probe these ports to see whether they answer, for
+	                      programs that accept a single connection; the label
+	                      rdhpf.probe=false on a container does the same
 
-Files are in ~/.rdhpf, or where RDHPF_DIR says, and private to you. The socket
-there speaks JSON-RPC, see docs/protocol.md.
+config.json can hold the same settings, for all hosts and for single ones. Flags
+take precedence, and reload rereads the file:
 
-Rdhpf exits with 0 when all was well, 1 after a failure, 2 when it was called
-wrongly, 3 when there is no live instance to tell of.
+	{
+	  "map": {"80": 8080}, "skip": [22, "8000-8099"], "no_probe": [2345],
+	  "hosts": {"ssh://user@host": {"only": ["1-1023"], "bind": ["127.0.0.1"]}}
+	}
+
+Status, run from another shell, shows what is forwarded and why anything is not. It
+asks the running instance, or else reads its last state file, or else uses lsof to find
+a listening rdhpf or ssh. With -wait it exits as soon as the instance has verified that
+the ports are active. Health exits with 0 only if the instance has verified that
+everything works. Pause closes all local ports but keeps the connection; resume
+reopens them.
+
+Files are in ~/.rdhpf, or in the directory named by RDHPF_DIR, and private to you. The
+socket there speaks JSON-RPC; see docs/protocol.md.
+
+The exit status is 0 for success, 1 for a failure, 2 for an error in the command line,
+and 3 if there is no running instance.
 */
 package main
 
@@ -55,7 +71,7 @@ const (
 	exitNotRunning = 3
 )
 
-// usageError is a mistake in the command line.
+// usageError is an error in the command line.
 type usageError struct{ error }
 
 func main() {
@@ -80,23 +96,23 @@ func main() {
 	}
 }
 
-const usage = `rdhpf makes the published ports of a remote Docker host answer on localhost.
+const usage = `rdhpf forwards the published ports of a remote Docker host to localhost.
 
-  rdhpf run -host ssh://user@host   forward until interrupted
-  rdhpf status                      what is forwarded, and why something is not
-  rdhpf health                      exit 0 if all is well, else say why not
+  rdhpf run -host ssh://user@host   forward ports until interrupted
+  rdhpf status                      show what is forwarded, and why something is not
+  rdhpf health                      exit with 0 if everything works, else say what does not
   rdhpf pause, rdhpf resume         close all local ports, open them again
   rdhpf reload                      read config.json again
-  rdhpf stop                        end the running instance
+  rdhpf stop                        stop the running instance
   rdhpf version                     print the version
 
-rdhpf COMMAND -h lists a command's flags.
+rdhpf COMMAND -h lists the flags of a command.
 `
 
 func command(args []string) error {
 	if len(args) == 0 {
 		fmt.Fprint(os.Stderr, usage)
-		return usageError{errors.New("no command")}
+		return usageError{errors.New("no command given")}
 	}
 	switch args[0] {
 	case "run":
@@ -112,10 +128,10 @@ func command(args []string) error {
 		fmt.Print(usage)
 		return nil
 	}
-	return usageError{fmt.Errorf("there is no command %q: see rdhpf help", args[0])}
+	return usageError{fmt.Errorf("unknown command %q: see rdhpf help", args[0])}
 }
 
-// version is what the build says of itself.
+// version returns the version recorded in the build info.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -130,16 +146,16 @@ func version() string {
 	return v + " " + info.GoVersion
 }
 
-// parseFlags parses what takes flags only.
+// parseFlags parses the command line of a command that takes only flags.
 func parseFlags(f *flag.FlagSet, args []string) error {
 	err := parseFlagsAndArgs(f, args)
 	if err == nil && f.NArg() > 0 {
-		err = usageError{fmt.Errorf("%q is one argument too many: see rdhpf %s -h", f.Arg(0), f.Name())}
+		err = usageError{fmt.Errorf("unexpected argument %q: see rdhpf %s -h", f.Arg(0), f.Name())}
 	}
 	return err
 }
 
-// parseFlagsAndArgs prints the help that is asked for.
+// parseFlagsAndArgs parses a command line and prints the help if requested.
 func parseFlagsAndArgs(f *flag.FlagSet, args []string) error {
 	f.SetOutput(io.Discard)
 	err := f.Parse(args)
@@ -157,19 +173,17 @@ func parseFlagsAndArgs(f *flag.FlagSet, args []string) error {
 
 func runCommand(args []string) error {
 	f := flag.NewFlagSet("run", flag.ContinueOnError)
-	hostFlag := f.String("host", "", "remote Docker `host`: ssh://[user@]host[:port][/socket] (default: what docker would take)")
+	hostFlag := f.String("host", "", "remote Docker `host`: ssh://[user@]host[:port][/socket] (default: the one docker uses)")
 	flags := config{mapped: make(map[uint16]uint16)}
-	f.Func("bind", "local `address` to listen on (default 127.0.0.1)", func(s string) (err error) {
-		flags.bind, err = parseBind(s)
-		return err
-	})
-	f.Func("map", "`published=local`: forward to another local port; several with commas", addMap(flags.mapped))
-	f.Func("skip", "`ports` not to forward: 22,8000-8099", addRanges(&flags.skip))
-	f.Func("only", "forward these `ports` only", addRanges(&flags.only))
+	f.Func("bind", "local `addresses` to listen on, separated by commas (default 127.0.0.1,::1)", addAddresses(&flags.bind))
+	f.Func("map", "`published=local`: forward to another local port; separate several with commas", addMaps(flags.mapped))
+	f.Func("skip", "`ports` not to forward, such as 22,8000-8099", addRanges(&flags.skip))
+	f.Func("only", "forward only these `ports`", addRanges(&flags.only))
+	f.Func("no-probe", "never probe these `ports`, for programs that accept a single connection", addRanges(&flags.noProbe))
 	retry := f.Bool("retry", false, "keep trying when the first connection fails")
 	level := slog.LevelInfo
-	f.TextVar(&level, "log-level", slog.LevelInfo, "print what is at least that important: debug, info, warn or error")
-	format := f.String("log-format", "text", "text or json")
+	f.TextVar(&level, "log-level", slog.LevelInfo, "print messages of this `level` and above: debug, info, warn or error")
+	format := f.String("log-format", "text", "`format` of the messages: text or json")
 	if err := parseFlags(f, args); err != nil {
 		return err
 	}
@@ -195,14 +209,14 @@ func runCommand(args []string) error {
 	return run(ctx, runOptions{host: h, dir: dir, flags: flags, retry: *retry, log: log})
 }
 
-// stopOnSignal has stop called at the first signal and the process ended at the
-// second. From its return on no signal ends the process without a cleanup.
+// stopOnSignal calls stop on the first signal and ends the process on the second. Once it has returned, a first signal
+// never ends the process without cleanup.
 func stopOnSignal(stop func()) {
-	// Without this a write to a closed stderr would kill us before we clean up.
+	// Otherwise a write to a closed stderr would kill the process before cleanup.
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE)
 	c := make(chan os.Signal, 2)
 	for _, sig := range []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP} {
-		if !signal.Ignored(sig) { // nohup, or a script's background job
+		if !signal.Ignored(sig) { // ignored under nohup and in a script's background jobs
 			signal.Notify(c, sig)
 		}
 	}

@@ -2,12 +2,14 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -17,67 +19,89 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The client of OpenSSH's multiplexing protocol, version 4, as its PROTOCOL.mux describes it: it asks a
-// running ssh master, over its control socket, whether it lives, to open and to cancel forwards, and to end.
-// muxsession.go runs commands in sessions of it, muxwire.go has the messages.
+// mux.go: a client of OpenSSH's multiplexing protocol, version 4, as described in
+// its PROTOCOL.mux. Over the control socket of a running ssh master it checks that
+// the master is alive, runs commands in sessions, opens streams to addresses on the
+// remote host, and terminates the master. Numbers are big-endian; a message is a
+// length, a type and fields; a string is a length and bytes.
 
-// muxChunk is how many forwards are sent ahead of their replies: these fit in any socket's buffer (8 KiB on macOS).
-const muxChunk = 64
+// muxBuffer is the size of a connection's read buffer: replies are short, and each stream has its own connection.
+const muxBuffer = 128
 
-// muxError is the master's answer that it will not or cannot do what it was asked. Unlike every other
-// error it leaves the connection usable.
+// muxError is a refusal or failure reported by the master. Unlike every other error it leaves the
+// connection usable.
 type muxError struct {
-	denied bool // by the user's ssh (ControlMaster ask), rather than failed
+	denied bool // denied by the user's ssh (ControlMaster ask) rather than failed
 	reason string
 }
 
-func (e *muxError) Error() string { return "refused by ssh: " + e.reason }
+func (refused *muxError) Error() string { return "refused by ssh: " + refused.reason }
 
-// muxConn is one connection to the control socket of a running ssh master. It is not safe for concurrent
-// use, but for Close. After any error that is not a *muxError it is good for Close alone.
+// muxConn is a connection to the control socket of a running ssh master. It is not safe for concurrent
+// use, except for Close. After any error that is not a *muxError only Close may be called.
 type muxConn struct {
 	conn *net.UnixConn
 	r    *bufio.Reader
 	rid  uint32 // of the last request
 }
 
-// muxDial connects to the control socket at path and exchanges greetings. The caller closes the result.
+// muxDial connects to the control socket at path and exchanges greetings. The caller must close the result.
 func muxDial(path string, timeout time.Duration) (*muxConn, error) {
-	deadline := time.Now().Add(timeout)
-	conn, err := net.DialTimeout("unix", path, timeout)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	m, err := muxConnect(ctx, path)
 	if err != nil {
-		return nil, fmt.Errorf("connect to the ssh control socket: %w", err)
+		return nil, err
 	}
-	m := &muxConn{conn: conn.(*net.UnixConn), r: bufio.NewReader(conn)}
-	if err := m.hello(deadline); err != nil {
-		conn.Close()
+	deadline, _ := ctx.Deadline()
+	if err = m.send(deadline, newMuxFrame(muxHello).u32(muxVersion).bytes()); err == nil {
+		err = m.greeting()
+	}
+	if err != nil {
+		m.Close()
 		return nil, fmt.Errorf("greet the ssh master at %s: %w", path, err)
 	}
 	return m, nil
 }
 
-func (m *muxConn) hello(deadline time.Time) error {
-	if err := m.send(deadline, newMuxFrame(muxHello).u32(muxVersion).bytes()); err != nil {
-		return err
+// muxConnect connects to the control socket at path without sending a greeting.
+func muxConnect(ctx context.Context, path string) (*muxConn, error) {
+	var d net.Dialer
+	for wait := time.Millisecond; ; wait *= 2 {
+		conn, err := d.DialContext(ctx, "unix", path)
+		if err == nil {
+			return &muxConn{conn: conn.(*net.UnixConn), r: bufio.NewReaderSize(conn, muxBuffer)}, nil
+		}
+		if !errors.Is(err, syscall.EAGAIN) { // EAGAIN: the backlog is full because the master is busy
+			return nil, fmt.Errorf("connect to the ssh control socket: %w", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("connect to the ssh control socket: %w", ctx.Err())
+		case <-time.After(wait):
+		}
 	}
-	msg, err := readMuxMsg(m.r)
-	if err != nil {
+}
+
+// greeting reads the master's greeting.
+func (mc *muxConn) greeting() error {
+	msg, err := readMuxMsg(mc.r)
+	switch {
+	case err != nil:
 		return err
-	}
-	if msg.typ != muxHello {
+	case msg.typ != muxHello:
 		return fmt.Errorf("mux protocol: message 0x%08x instead of a greeting", msg.typ)
-	}
-	if msg.value != muxVersion {
-		return fmt.Errorf("it speaks version %d of the multiplexing protocol, not %d: use another OpenSSH", msg.value, muxVersion)
+	case msg.value != muxVersion:
+		return fmt.Errorf("multiplexing protocol version %d instead of %d: use another OpenSSH", msg.value, muxVersion)
 	}
 	return nil
 }
 
-func (m *muxConn) Close() error { return m.conn.Close() }
+func (mc *muxConn) Close() error { return mc.conn.Close() }
 
-// alive asks the master for its process id, which is never 0.
-func (m *muxConn) alive(timeout time.Duration) (pid int, err error) {
-	msg, err := m.request(time.Now().Add(timeout), muxAlive, newMuxFrame(muxAliveCheck).u32(m.nextID()))
+// alive returns the process id of the master, which is never 0.
+func (mc *muxConn) alive(timeout time.Duration) (pid int, err error) {
+	msg, err := mc.request(time.Now().Add(timeout), muxAlive, newMuxFrame(muxAliveCheck).u32(mc.nextID()))
 	if err == nil && (msg.value == 0 || msg.value > math.MaxInt32) {
 		err = fmt.Errorf("mux protocol: process id %d", msg.value)
 	}
@@ -87,10 +111,10 @@ func (m *muxConn) alive(timeout time.Duration) (pid int, err error) {
 	return int(msg.value), nil
 }
 
-// terminate asks the master to end at once, with its forwards and sessions. It often ends before its
-// answer is out, so the end of the connection counts as yes.
-func (m *muxConn) terminate(timeout time.Duration) error {
-	_, err := m.request(time.Now().Add(timeout), muxOK, newMuxFrame(muxTerminate).u32(m.nextID()))
+// terminate asks the master to exit at once, along with its forwards and sessions. It often exits before
+// it replies, so the end of the connection counts as success.
+func (mc *muxConn) terminate(timeout time.Duration) error {
+	_, err := mc.request(time.Now().Add(timeout), muxOK, newMuxFrame(muxTerminate).u32(mc.nextID()))
 	for _, gone := range []error{io.EOF, io.ErrUnexpectedEOF, syscall.ECONNRESET, syscall.EPIPE} {
 		if errors.Is(err, gone) {
 			return nil
@@ -102,96 +126,34 @@ func (m *muxConn) terminate(timeout time.Duration) error {
 	return nil
 }
 
-// muxForward is one local forward to open, or to cancel. The master finds the one to cancel by all four fields.
-type muxForward struct {
-	cancel      bool
-	listenHost  string // an address; "localhost" may listen on ::1 alone
-	listenPort  uint16
-	connectHost string // looked up by the server
-	connectPort uint16
+// nextID returns the next request id. It skips 0, which means none, when the counter wraps.
+func (mc *muxConn) nextID() uint32 {
+	if mc.rid++; mc.rid == 0 {
+		mc.rid = 1
+	}
+	return mc.rid
 }
 
-// check refuses what means something else to the master than it says (an empty host, port 0), or what
-// makes it hang up on all the others (a NUL).
-func (f muxForward) check() error {
-	for _, host := range []string{f.listenHost, f.connectHost} {
-		if host == "" || len(host) > 1024 || strings.ContainsRune(host, 0) {
-			return fmt.Errorf("%q is no host to forward between", host)
-		}
-	}
-	if f.listenPort == 0 || f.connectPort == 0 {
-		return errors.New("port 0 cannot be forwarded")
-	}
-	return nil
-}
-
-// forward has the master do all ops, in order, and returns a result for each: nil, or a *muxError with the
-// master's refusal, or another error for one that makes no sense and was not sent. To open a forward that
-// is open already is well. The timeout is that of muxChunk ops. An err means that the connection is unusable, and which ops were done unknown.
-func (m *muxConn) forward(ops []muxForward, timeout time.Duration) (results []error, err error) {
-	results = make([]error, len(ops))
-	for start := 0; start < len(ops); start += muxChunk {
-		end := min(start+muxChunk, len(ops))
-		ids := make([]uint32, end-start) // 0 for those not sent
-		var out []byte
-		for i, op := range ops[start:end] {
-			if results[start+i] = op.check(); results[start+i] != nil {
-				continue
-			}
-			typ := uint32(muxOpenFwd)
-			if op.cancel {
-				typ = muxCloseFwd
-			}
-			const local = 1
-			ids[i] = m.nextID()
-			out = append(out, newMuxFrame(typ).u32(ids[i]).u32(local).str(op.listenHost).u32(uint32(op.listenPort)).
-				str(op.connectHost).u32(uint32(op.connectPort)).bytes()...)
-		}
-		if err := m.send(time.Now().Add(timeout), out); err != nil {
-			return nil, fmt.Errorf("send forwards to the ssh master: %w", err)
-		}
-		for i, id := range ids {
-			if id == 0 {
-				continue
-			}
-			_, err := m.reply(id, muxOK)
-			if refused := (*muxError)(nil); err != nil && !errors.As(err, &refused) {
-				return nil, fmt.Errorf("have the ssh master forward %s port %d: %w", ops[start+i].listenHost, ops[start+i].listenPort, err)
-			}
-			results[start+i] = err
-		}
-	}
-	return results, nil
-}
-
-// nextID skips 0, which stands for none, also when the count wraps.
-func (m *muxConn) nextID() uint32 {
-	if m.rid++; m.rid == 0 {
-		m.rid = 1
-	}
-	return m.rid
-}
-
-// send writes whole frames. The deadline holds for the replies too, until the next send.
-func (m *muxConn) send(deadline time.Time, b []byte) error {
-	if err := m.conn.SetDeadline(deadline); err != nil {
+// send writes whole frames. The deadline also applies to the replies, until the next send.
+func (mc *muxConn) send(deadline time.Time, b []byte) error {
+	if err := mc.conn.SetDeadline(deadline); err != nil {
 		return err
 	}
-	_, err := m.conn.Write(b)
+	_, err := mc.conn.Write(b)
 	return err
 }
 
-// request sends the request that m.rid numbers and waits for its reply, of type want or a refusal.
-func (m *muxConn) request(deadline time.Time, want uint32, f *muxFrame) (muxMsg, error) {
-	if err := m.send(deadline, f.bytes()); err != nil {
+// request sends the request with id m.rid and waits for its reply, of type want or a refusal.
+func (mc *muxConn) request(deadline time.Time, want uint32, f *muxFrame) (muxMsg, error) {
+	if err := mc.send(deadline, f.bytes()); err != nil {
 		return muxMsg{}, err
 	}
-	return m.reply(m.rid, want)
+	return mc.reply(mc.rid, want)
 }
 
-// reply reads the next message, which must answer request rid: a refusal comes as *muxError.
-func (m *muxConn) reply(rid, want uint32) (muxMsg, error) {
-	msg, err := readMuxMsg(m.r)
+// reply reads the next message, which must answer request rid. It returns a refusal as a *muxError.
+func (mc *muxConn) reply(rid, want uint32) (muxMsg, error) {
+	msg, err := readMuxMsg(mc.r)
 	switch {
 	case err != nil:
 		return muxMsg{}, err
@@ -205,19 +167,17 @@ func (m *muxConn) reply(rid, want uint32) (muxMsg, error) {
 	return msg, nil
 }
 
-// A command run in a session of a running ssh master, with pipes of our own as its stdin, stdout and stderr.
-
-// muxTail is how many bytes are kept of what a session's command writes to stderr.
+// muxTail is the number of bytes kept from the end of a command's stderr.
 const muxTail = 4 << 10
 
-// muxSession is a running command: Read its stdout, Write its stdin. Read, Write and Close may be called
-// at the same time from different goroutines, and Close ends the other two.
+// muxSession is a running command: Read reads its stdout, Write writes to its stdin. Read, Write and Close
+// may be called concurrently, and Close unblocks the other two.
 //
-// Close closes the command's stdin and stdout and asks the server to end the session. A command that looks
-// at neither lives on there: sshd sends it no signal.
+// Close closes the command's stdin and stdout and asks the server to end the session. A command that uses
+// neither keeps running there: sshd sends it no signal.
 type muxSession struct {
 	mux           *muxConn
-	id            uint32 // the master's
+	id            uint32 // assigned by the master
 	in, out, errs *os.File
 	goroutines    sync.WaitGroup
 
@@ -230,9 +190,9 @@ type muxSession struct {
 	endErr    error
 }
 
-// muxOpenSession connects to the control socket at path and has the command run by the remote user's
-// shell, without a terminal. It returns when the server has opened the session, which is before it is known
-// whether the command can be run. A refusal, as by sshd's MaxSessions, is a *muxError. The caller closes the result.
+// muxOpenSession connects to the control socket at path and has the remote user's shell run the command,
+// without a terminal. It returns when the server has opened the session, before it is known whether the
+// command can be run. A refusal, such as by sshd's MaxSessions, is a *muxError. The caller must close the result.
 func muxOpenSession(path, command string, timeout time.Duration) (*muxSession, error) {
 	deadline := time.Now().Add(timeout)
 	mux, err := muxDial(path, timeout)
@@ -250,12 +210,12 @@ func muxOpenSession(path, command string, timeout time.Duration) (*muxSession, e
 	return s, nil
 }
 
-// open makes the pipes, passes their far ends to the master and waits for its answer.
-func (s *muxSession) open(deadline time.Time, command string) error {
+// open creates the pipes, passes their far ends to the master and waits for its reply.
+func (ms *muxSession) open(deadline time.Time, command string) error {
 	const noEscape = 0xffffffff
-	f := newMuxFrame(muxNewSession).u32(s.mux.nextID()).str("").u32(0).u32(0).u32(0).u32(0).u32(noEscape).str("").str(command)
+	f := newMuxFrame(muxNewSession).u32(ms.mux.nextID()).str("").u32(0).u32(0).u32(0).u32(0).u32(noEscape).str("").str(command)
 	if len(f.bytes()) > muxMaxFrame || strings.ContainsRune(command, 0) {
-		return errors.New("the command is too long, or has a NUL in it")
+		return errors.New("the command is too long or contains a NUL")
 	}
 	var far [3]*os.File
 	defer func() {
@@ -264,139 +224,135 @@ func (s *muxSession) open(deadline time.Time, command string) error {
 		}
 	}()
 	var err error
-	if far[0], s.in, err = os.Pipe(); err != nil {
+	if far[0], ms.in, err = os.Pipe(); err != nil {
 		return err
 	}
-	if s.out, far[1], err = os.Pipe(); err != nil {
+	if ms.out, far[1], err = os.Pipe(); err != nil {
 		return err
 	}
-	if s.errs, far[2], err = os.Pipe(); err != nil {
+	if ms.errs, far[2], err = os.Pipe(); err != nil {
 		return err
 	}
-	// All is at hand before the request goes out: the whole master waits for the descriptors that follow it.
-	if err := s.mux.send(deadline, f.bytes()); err != nil {
+	// Everything is ready before the request is sent: the whole master blocks until the descriptors arrive.
+	if err := ms.mux.send(deadline, f.bytes()); err != nil {
 		return err
 	}
 	for _, f := range far {
-		if err := s.mux.sendFile(f); err != nil {
+		if err := ms.mux.sendFile(f); err != nil {
 			return fmt.Errorf("pass a pipe: %w", err)
 		}
 	}
-	msg, err := s.mux.reply(s.mux.rid, muxSessionOpened)
+	msg, err := ms.mux.reply(ms.mux.rid, muxSessionOpened)
 	if err != nil {
 		return err
 	}
-	s.id = msg.value
-	return s.mux.conn.SetDeadline(time.Time{})
+	ms.id = msg.value
+	return ms.mux.conn.SetDeadline(time.Time{})
 }
 
-// sendFile passes f's descriptor with one byte. f keeps its deadlines, as File.Fd would not let it.
-func (m *muxConn) sendFile(f *os.File) error {
+// sendFile passes f's descriptor along with one byte. It avoids File.Fd, which would disable f's deadlines.
+func (mc *muxConn) sendFile(f *os.File) error {
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return err
 	}
 	var sent error
-	err = raw.Control(func(fd uintptr) { // which holds f open until it returns
-		_, _, sent = m.conn.WriteMsgUnix([]byte{0}, unix.UnixRights(int(fd)), nil)
+	err = raw.Control(func(fd uintptr) { // f stays open until Control returns
+		_, _, sent = mc.conn.WriteMsgUnix([]byte{0}, unix.UnixRights(int(fd)), nil)
 	})
 	return errors.Join(err, sent)
 }
 
-func (s *muxSession) collectErrs() {
-	defer s.goroutines.Done()
-	defer close(s.errsEnded)
+func (ms *muxSession) collectErrs() {
+	defer ms.goroutines.Done()
+	defer close(ms.errsEnded)
 	buf := make([]byte, muxTail)
 	for {
-		n, err := s.errs.Read(buf)
-		s.mu.Lock()
-		s.tail = append(s.tail, buf[:n]...)
-		s.tail = append(s.tail[:0], s.tail[max(0, len(s.tail)-muxTail):]...)
-		s.mu.Unlock()
+		n, err := ms.errs.Read(buf)
+		ms.mu.Lock()
+		ms.tail = append(ms.tail, buf[:n]...)
+		ms.tail = append(ms.tail[:0], ms.tail[max(0, len(ms.tail)-muxTail):]...)
+		ms.mu.Unlock()
 		if err != nil {
 			return
 		}
 	}
 }
 
-// watch reads what the master says after the session is open: that the command exited, and how.
-func (s *muxSession) watch() {
-	defer s.goroutines.Done()
-	defer close(s.ended)
+// watch waits for the master's report of the command's exit.
+func (ms *muxSession) watch() {
+	defer ms.goroutines.Done()
+	defer close(ms.ended)
 	for {
-		msg, err := readMuxMsg(s.mux.r)
+		msg, err := readMuxMsg(ms.mux.r)
 		switch {
 		case err == io.EOF: // killed by a signal, or the master is gone
 			return
 		case err != nil:
-			s.endErr = err
+			ms.endErr = err
 			return
-		case msg.typ == muxExit && msg.id == s.id:
-			s.code = int(msg.value)
+		case msg.typ == muxExit && msg.id == ms.id:
+			ms.code = int(msg.value)
 			return
 		case msg.typ != muxTTYAllocFail:
-			s.endErr = fmt.Errorf("mux protocol: message 0x%08x about %d in session %d", msg.typ, msg.id, s.id)
+			ms.endErr = fmt.Errorf("mux protocol: message 0x%08x about %d in session %d", msg.typ, msg.id, ms.id)
 			return
 		}
 	}
 }
 
-func (s *muxSession) Read(b []byte) (int, error)         { return s.out.Read(b) }
-func (s *muxSession) Write(b []byte) (int, error)        { return s.in.Write(b) }
-func (s *muxSession) SetReadDeadline(t time.Time) error  { return s.out.SetReadDeadline(t) }
-func (s *muxSession) SetWriteDeadline(t time.Time) error { return s.in.SetWriteDeadline(t) }
+func (ms *muxSession) Read(b []byte) (int, error)         { return ms.out.Read(b) }
+func (ms *muxSession) Write(b []byte) (int, error)        { return ms.in.Write(b) }
+func (ms *muxSession) SetReadDeadline(t time.Time) error  { return ms.out.SetReadDeadline(t) }
+func (ms *muxSession) SetWriteDeadline(t time.Time) error { return ms.in.SetWriteDeadline(t) }
 
-// stderr is the last 4 KiB of what the command wrote to stderr so far, as it came: unfit for a terminal.
-func (s *muxSession) stderr() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return string(s.tail)
+// stderr returns the last 4 KiB of what the command has written to stderr, unfiltered: unsafe for a terminal.
+func (ms *muxSession) stderr() string {
+	ms.mu.Lock()
+	defer ms.mu.Unlock()
+	return string(ms.tail)
 }
 
-// wait waits until the command has exited and returns its exit code, or -1 without an error where the
-// session ended without one: a signal, or the end of the master. It then waits for the end of stderr too,
-// within the same timeout, so that stderr() is complete. It reads no stdout: one that nobody reads holds the command up.
-func (s *muxSession) wait(timeout time.Duration) (exit int, err error) {
+// wait waits for the command to exit and returns its exit code, or -1 and no error if the session ended
+// without one: after a signal or the end of the master. It then waits for EOF on stderr, within the same
+// timeout, so that stderr() is complete. It does not read stdout: the command blocks if nobody else does.
+func (ms *muxSession) wait(timeout time.Duration) (exit int, err error) {
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
 	select {
-	case <-s.ended:
+	case <-ms.ended:
 	case <-timer.C:
 		return -1, fmt.Errorf("wait for the command in an ssh session: %w", os.ErrDeadlineExceeded)
 	}
-	if s.endErr != nil {
-		return -1, fmt.Errorf("wait for the command in an ssh session: %w", s.endErr)
+	if ms.endErr != nil {
+		return -1, fmt.Errorf("wait for the command in an ssh session: %w", ms.endErr)
 	}
 	select {
-	case <-s.errsEnded:
+	case <-ms.errsEnded:
 	case <-timer.C:
 	}
-	return s.code, nil
+	return ms.code, nil
 }
 
-// Close releases all that the session holds, here and in the master, and joins its goroutines. It can be repeated.
-func (s *muxSession) Close() error {
-	for _, f := range []*os.File{s.in, s.out, s.errs} {
-		f.Close() // a nil or closed file only answers with an error
+// Close releases the session, here and in the master, and joins its goroutines. It may be called repeatedly.
+func (ms *muxSession) Close() error {
+	for _, f := range []*os.File{ms.in, ms.out, ms.errs} {
+		f.Close() // on a nil or closed file this only returns an error
 	}
-	s.mux.Close()
-	s.goroutines.Wait()
+	ms.mux.Close()
+	ms.goroutines.Wait()
 	return nil
 }
 
-// The messages of OpenSSH's multiplexing protocol: pure encoding and decoding. Numbers are big-endian; a
-// message is its length, its type and its fields; a string is its length and its bytes.
-
 const (
 	muxVersion  = 4
-	muxMaxFrame = 256 << 10 // bytes after the length field; OpenSSH's own limit
+	muxMaxFrame = 256 << 10 // bytes after the length field; OpenSSH's limit
 
 	muxHello      = 0x00000001
 	muxNewSession = 0x10000002
 	muxAliveCheck = 0x10000004
 	muxTerminate  = 0x10000005
-	muxOpenFwd    = 0x10000006
-	muxCloseFwd   = 0x10000007
+	muxStdioFwd   = 0x10000008
 
 	muxOK            = 0x80000001
 	muxDenied        = 0x80000002
@@ -407,34 +363,132 @@ const (
 	muxTTYAllocFail  = 0x80000008
 )
 
-// muxFrame is a message being written: length, type, then its fields.
+// muxStream is a stream to an address on the remote host: data written to in goes there, data from there is read from out.
+// Each can be closed independently. The caller closes in, then the stream.
+type muxStream struct {
+	mux     *muxConn // open as long as the channel exists in the master
+	in, out *net.UnixConn
+}
+
+// muxOpenStream asks the master at path for a stream and waits until the server has connected it. A refusal is a *muxError;
+// the cause is on the master's stderr. admitted is called once, when the master has accepted the connection or on failure:
+// until then the connection counts toward the control socket's backlog. The end of ctx aborts the call.
+func muxOpenStream(ctx context.Context, path string, to netip.AddrPort, admitted func()) (*muxStream, error) {
+	admitted = sync.OnceFunc(admitted)
+	defer admitted()
+	mux, err := muxConnect(ctx, path)
+	if err != nil {
+		return nil, err
+	}
+	s := &muxStream{mux: mux}
+	stop := context.AfterFunc(ctx, func() { mux.Close() })
+	err = s.open(to, admitted)
+	if !stop() {
+		err = ctx.Err()
+	}
+	if err != nil {
+		s.Close()
+		return nil, fmt.Errorf("open a stream to %s through the ssh master: %w", to, err)
+	}
+	return s, nil
+}
+
+// open creates the socket pairs, passes their far ends to the master and waits for its replies. There are two pairs because
+// ssh closes a descriptor entirely when one direction ends.
+func (st *muxStream) open(to netip.AddrPort, admitted func()) (err error) {
+	var far [2]*os.File
+	defer func() {
+		for _, f := range far {
+			f.Close() // on a nil file this only returns an error
+		}
+	}()
+	if st.in, far[0], err = socketPair(); err != nil {
+		return err
+	}
+	if st.out, far[1], err = socketPair(); err != nil {
+		return err
+	}
+	hello := newMuxFrame(muxHello).u32(muxVersion).bytes()
+	request := newMuxFrame(muxStdioFwd).u32(st.mux.nextID()).str("").str(to.Addr().String()).u32(uint32(to.Port())).bytes()
+	if err := st.mux.send(time.Time{}, append(hello, request...)); err != nil {
+		return err
+	}
+	for _, f := range far { // without delay: the master blocks until it has both
+		if err := st.mux.sendFile(f); err != nil {
+			return fmt.Errorf("pass a socket: %w", err)
+		}
+	}
+	if err := st.mux.greeting(); err != nil {
+		return err
+	}
+	admitted()
+	_, err = st.mux.reply(st.mux.rid, muxSessionOpened)
+	return err
+}
+
+// socketPair returns our end of a pair of connected sockets, and the far end to pass on.
+func socketPair() (*net.UnixConn, *os.File, error) {
+	syscall.ForkLock.RLock()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err == nil {
+		syscall.CloseOnExec(fds[0])
+		syscall.CloseOnExec(fds[1])
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return nil, nil, fmt.Errorf("create a socket pair: %w", err)
+	}
+	near, far := os.NewFile(uintptr(fds[0]), "stream"), os.NewFile(uintptr(fds[1]), "stream")
+	conn, err := net.FileConn(near) // duplicates the descriptor
+	near.Close()
+	if err != nil {
+		far.Close()
+		return nil, nil, fmt.Errorf("create a socket pair: %w", err)
+	}
+	return conn.(*net.UnixConn), far, nil
+}
+
+// awaitEnd waits until the channel has ended in both directions or the master has exited.
+func (st *muxStream) awaitEnd() { io.Copy(io.Discard, st.mux.r) }
+
+// Close ends the stream at once and aborts pending operations. It may be called repeatedly.
+func (st *muxStream) Close() error {
+	for _, c := range []*net.UnixConn{st.in, st.out} {
+		if c != nil {
+			c.Close()
+		}
+	}
+	return st.mux.Close()
+}
+
+// muxFrame is a message under construction: length, type, then fields.
 type muxFrame struct{ b []byte }
 
 func newMuxFrame(typ uint32) *muxFrame { return (&muxFrame{make([]byte, 4, 64)}).u32(typ) }
 
-func (f *muxFrame) u32(v uint32) *muxFrame {
-	f.b = binary.BigEndian.AppendUint32(f.b, v)
-	return f
+func (mf *muxFrame) u32(v uint32) *muxFrame {
+	mf.b = binary.BigEndian.AppendUint32(mf.b, v)
+	return mf
 }
 
-func (f *muxFrame) str(s string) *muxFrame {
-	f.b = append(f.u32(uint32(len(s))).b, s...)
-	return f
+func (mf *muxFrame) str(s string) *muxFrame {
+	mf.b = append(mf.u32(uint32(len(s))).b, s...)
+	return mf
 }
 
-func (f *muxFrame) bytes() []byte {
-	binary.BigEndian.PutUint32(f.b, uint32(len(f.b)-4))
-	return f.b
+func (mf *muxFrame) bytes() []byte {
+	binary.BigEndian.PutUint32(mf.b, uint32(len(mf.b)-4))
+	return mf.b
 }
 
-// muxMsg is a message from the master; the fields that its type lacks are zero.
+// muxMsg is a message from the master; fields that its type lacks are zero.
 type muxMsg struct {
-	typ, id uint32 // id: the request it answers; of muxExit and muxTTYAllocFail the session
+	typ, id uint32 // id of the request it answers; for muxExit and muxTTYAllocFail, of the session
 	value   uint32 // the version, process id, session id or exit code
-	text    string // the reason of a refusal, as it came
+	text    string // the reason for a refusal, unfiltered
 }
 
-// readMuxMsg reads one message and nothing beyond it. Between two messages the end of r is io.EOF.
+// readMuxMsg reads one message and nothing beyond it. It returns io.EOF only at a message boundary.
 func readMuxMsg(r io.Reader) (muxMsg, error) {
 	var head [4]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
@@ -453,7 +507,7 @@ func readMuxMsg(r io.Reader) (muxMsg, error) {
 	return decodeMuxMsg(b)
 }
 
-// decodeMuxMsg reads a message without its length. Like ssh it lets a newer master append to what it knows.
+// decodeMuxMsg decodes a message without its length. Like ssh it ignores fields appended by a newer master.
 func decodeMuxMsg(b []byte) (muxMsg, error) {
 	short := false
 	str := func(n uint32) (s []byte) {
@@ -470,7 +524,7 @@ func decodeMuxMsg(b []byte) (muxMsg, error) {
 	}
 	m := muxMsg{typ: u32()}
 	switch m.typ {
-	case muxHello: // then pairs of strings, a name and its value, for extensions
+	case muxHello: // then extensions: pairs of strings, name and value
 		m.value = u32()
 		for len(b) > 0 && !short {
 			str(u32())

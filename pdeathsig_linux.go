@@ -1,7 +1,7 @@
 package main
 
-// spawn_linux.go: children that do not outlive this process, not even when it
-// is killed with -9.
+// pdeathsig_linux.go: children that do not outlive this process, even if it is
+// killed by SIGKILL.
 
 import (
 	"os/exec"
@@ -15,9 +15,9 @@ var (
 	spawnerOnce sync.Once
 )
 
-// startChild starts cmd in a session of its own and has the kernel kill it when
-// this process ends. Pdeathsig fires when the thread that forked ends, so one
-// thread does it and stays for life.
+// startChild starts cmd in its own session and has the kernel kill it when this
+// process ends. Pdeathsig fires when the forking thread exits, so all forks happen
+// on one thread that never exits.
 func startChild(cmd *exec.Cmd) error {
 	spawnerOnce.Do(func() {
 		go func() {

@@ -2,15 +2,15 @@
 
 package main
 
-// spawn_other.go: children outlive a kill -9 of this process here; the next
-// start sweeps them away.
+// pdeathsig_other.go: on these systems children survive a SIGKILL of this process;
+// the next start ends them.
 
 import (
 	"os/exec"
 	"syscall"
 )
 
-// startChild starts cmd in a session of its own.
+// startChild starts cmd in its own session.
 func startChild(cmd *exec.Cmd) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	return cmd.Start()

@@ -1,52 +1,114 @@
 package main
 
+// run.go: `rdhpf run`, the single instance for its host.
+//
+// Data flow: the link (link.go) reports the containers that the engine lists and
+// their events. The loop below passes these to the core (state.go), which tracks
+// the desired and the observed state, and asks it what to do. The loop opens and
+// closes local ports itself; goroutines probe services and look up who holds a
+// port. Their results, and the observations of carried connections, come back as
+// functions that the loop runs. After each change the loop posts an immutable
+// snapshot, from which the state file and the socket are served. Client requests
+// come back as functions, too.
+//
+// So a single goroutine owns all state. run waits for all others before it
+// returns. Losing the connection is one assignment: everything that dies with it
+// is in the link.
+
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
 	"sync"
+	"syscall"
 	"time"
 )
-
-// run.go: `rdhpf run`. One loop owns what is wanted and what is known; it starts
-// every goroutine, takes what they tell, and waits for all of them at the end.
 
 const (
 	relistEvery   = 30 * time.Second
 	beatEvery     = 2 * time.Second
-	sleptAfter    = 10 * time.Second     // more than this between beats: the machine slept
-	wakeDeadline  = 3 * time.Second      // for the engine to answer after that
-	settleAfter   = time.Second          // to list once more: an engine may tell of a change before it lists it
-	stubbornDelay = time.Minute          // where only a person can mend it
-	steadyAfter   = 30 * time.Second     // up that long, failures are forgotten
-	probePace     = 2 * time.Millisecond // between probes: many at once would hold up users
+	sleptAfter    = 10 * time.Second     // a longer gap between beats means that the machine slept
+	wakeDeadline  = 3 * time.Second      // for the engine to answer after a sleep
+	settleAfter   = time.Second          // before listing again: an engine may report a change before it lists it
+	stubbornDelay = time.Minute          // if only the user can fix it
+	steadyAfter   = 30 * time.Second     // of connection, after which failures are forgotten
+	probePace     = 2 * time.Millisecond // between probes: a burst would delay user traffic
+	lookTimeout   = 5 * time.Second      // for the probes that a client waits for
 )
 
-// runOptions is what the command line asks for.
+// runOptions are the settings from the command line.
 type runOptions struct {
 	host  host
 	dir   string
 	flags config
-	retry bool // go on where the first connection fails
+	retry bool // keep trying if the first connection fails
 	log   *slog.Logger
 }
 
-// run is the one instance for its host until ctx ends.
+// runner is the instance.
+type runner struct {
+	// Set at the start, then immutable.
+	runOptions
+	paths        paths
+	ssh          sshProgram
+	maxListeners int             // allowed by the limit on open files
+	ctx          context.Context // ends with the instance
+	quit         context.CancelFunc
+
+	// Safe for concurrent use.
+	tasks  chan func(now time.Time) // run by the loop
+	wg     sync.WaitGroup           // of all goroutines started by start
+	board  *board
+	gate   *gate
+	owners owners
+
+	// Owned by the loop: the core, the open ports and the connection.
+	state *state
+	doors map[key]*door
+	// Doors just opened, except on their additional addresses.
+	halfOpen  []*door
+	listeners int   // of all doors
+	link      *link // nil if there is neither a connection nor an attempt
+
+	// Owned by the loop: kept across connections.
+	everUp   bool
+	proven   bool // events were followed as well: the server allows two sessions
+	failures int
+	retryAt  time.Time
+	lastErr  error     // why there is no connection
+	lastBeat time.Time // to detect that the machine slept
+
+	// Owned by the loop: the instance's files.
+	lock      *os.File
+	listener  *net.UnixListener
+	socket    os.FileInfo // as created
+	socketErr error       // why there is none
+	fileErr   error       // why the state file cannot be written
+
+	// Owned by the loop: what clients are shown.
+	shown   snapshot  // the constant fields and the connection's part
+	changed bool      // a new snapshot is due
+	carried int64     // traffic of all forwards at the last beat
+	waiting []*waiter // clients
+	failed  error     // ends the instance
+}
+
+// run runs the single instance for its host until ctx ends.
 func run(ctx context.Context, o runOptions) error {
 	p := pathsFor(o.dir, o.host.String())
 	if err := p.check(); err != nil {
 		return err
 	}
-	runtime.GOMAXPROCS(1)  // there is little to do, and each further one costs memory
-	debug.SetGCPercent(50) // nor is there much garbage
+	runtime.GOMAXPROCS(1)  // there is little to do, and each additional P costs memory
+	debug.SetGCPercent(50) // there is little garbage, too
 	ssh, err := findSSH()
 	if err != nil {
 		return err
@@ -58,190 +120,42 @@ func run(ctx context.Context, o runOptions) error {
 	if err != nil {
 		return err
 	}
+	r := &runner{runOptions: o, paths: p, ssh: ssh, lock: lock, tasks: make(chan func(time.Time), 64),
+		gate: newGate(), doors: make(map[key]*door)}
+	defer func() { r.lock.Close() }()
 	cfg, err := loadConfig(o.dir, o.host.String(), o.flags)
 	if err != nil {
-		lock.Close()
 		return err
 	}
-	r := newRunner(o, p, ssh, lock, cfg)
-	defer func() { r.lock.Close() }()
 	r.warnBind(cfg)
-	ctx, r.quit = context.WithCancel(ctx)
+	files := raiseFileLimit()
+	r.maxListeners = max(files/3, files-512) // the rest is for accepted connections
+	r.state = newState(cfg, min(max(files/32, 2), maxDials))
+	now := utc(time.Now())
+	r.shown = snapshot{Version: stateVersion, Host: o.host.String(), PID: os.Getpid(), StartedAt: now,
+		Connection: connection{State: connecting, Since: now}}
+	r.board = newBoard(r.snapshot())
+	r.ctx, r.quit = context.WithCancel(ctx)
 	defer r.wg.Wait()
 	defer r.quit()
-	if err := r.listen(ctx); err != nil {
+	if err := r.listen(); err != nil {
 		return err
 	}
 	defer r.unlisten()
-	r.start(func() { keepState(ctx, p.state, r.board, func(err error) { r.send(ctx, anyGen, fileTrouble{err}) }) })
-	return r.loop(ctx)
+	r.start(func() {
+		keepState(r.ctx, p.state, r.board, func(err error) {
+			r.post(r.ctx, func(time.Time) { r.fileTrouble(err) })
+		})
+	})
+	defer r.closeDoors()
+	return r.loop()
 }
 
 var begun = time.Now()
 
-// untilBeat is the time to the next of the moments at which all is done that is
-// done every 2 s: each waking up of a process that is idle costs.
+// untilBeat returns the time until the next beat. Everything periodic shares the
+// same beats, since each wakeup of an idle process has a cost.
 func untilBeat() time.Duration { return beatEvery - time.Since(begun)%beatEvery }
-
-// runner is the loop's. Nothing in it is touched by another goroutine but what
-// is said so.
-type runner struct {
-	runOptions
-	paths  paths
-	ssh    sshProgram
-	quit   context.CancelFunc // anybody may end it
-	board  *board             // anybody may look
-	owners owners             // anybody may ask
-	state  *state
-	msgs   chan message // to the loop, from everybody
-	wg     sync.WaitGroup
-
-	link     *link // nil while there is no connection, not even an attempt
-	gen      int   // of link
-	master   *master
-	queue    []action      // for the link to open and close
-	rtt      time.Duration // of a list, about; 0 before the first on this link
-	pace     time.Time     // when the last probe begins
-	everUp   bool
-	proven   bool // events were followed, too: the server allows two sessions
-	failures int
-	retryAt  time.Time
-	lastErr  error     // why there is no connection
-	listDue  time.Time // when to list again without a cause
-	wakeBy   time.Time // the engine has to answer by then; zero: no hurry
-	lastTick time.Time
-
-	lock      *os.File
-	listener  *net.UnixListener
-	socket    os.FileInfo // as it was made
-	socketErr error       // why there is none
-
-	shown     snapshot // what is the same in all snapshots, and the connection's part
-	listErr   error    // why the engine lists nothing, though there is a connection
-	eventsErr error    // why events are not followed, though there is a connection
-	fileErr   error    // why the state file cannot be written
-	changed   bool     // something of these has changed
-	waiting   []func() // for all that is under way to be done
-}
-
-// message carries what a goroutine of the gen-th link tells.
-type message struct {
-	gen  int
-	what any
-}
-
-// anyGen marks a message that has nothing to do with a link.
-const anyGen = -1
-
-func newRunner(o runOptions, p paths, ssh sshProgram, lock *os.File, cfg *config) *runner {
-	now := utc(time.Now())
-	r := &runner{runOptions: o, paths: p, ssh: ssh, lock: lock, state: newState(cfg, raiseFileLimit()), msgs: make(chan message, 64)}
-	r.shown = snapshot{Version: stateVersion, Host: o.host.String(), PID: os.Getpid(), StartedAt: now,
-		Connection: connection{State: connecting, Since: now}}
-	r.board = newBoard(r.snapshot())
-	return r
-}
-
-func (r *runner) snapshot() *snapshot {
-	snap := r.shown
-	snap.Warnings = []string{}
-	if err := cmp.Or(r.listErr, r.eventsErr); err != nil {
-		snap.Warnings = append(snap.Warnings, "the remote engine does not answer: "+err.Error())
-	}
-	if r.fileErr != nil {
-		snap.Warnings = append(snap.Warnings, "the state file cannot be written: "+r.fileErr.Error())
-	}
-	r.state.show(&snap)
-	return &snap
-}
-
-// loop runs until ctx ends, with nil, or until the first connection fails. What
-// it started ends with ctx; run waits for it.
-func (r *runner) loop(ctx context.Context) error {
-	tick := time.NewTimer(untilBeat())
-	defer tick.Stop()
-	r.lastTick = time.Now()
-	alarm := time.NewTimer(0)
-	for {
-		now := time.Now()
-		if r.link == nil && !r.retryAt.After(now) {
-			if err := r.keepFiles(ctx); err != nil { // who lost the lock must not touch the control socket
-				return err
-			}
-			r.connect(ctx)
-		}
-		acts, wake := r.state.plan(now)
-		for _, a := range acts {
-			r.do(ctx, a)
-		}
-		r.tell()
-		if r.changed || r.state.changed {
-			r.changed, r.state.changed = false, false
-			r.board.post(r.snapshot())
-		}
-		if len(r.waiting) > 0 && r.state.settled() {
-			for _, reply := range r.waiting {
-				reply()
-			}
-			r.waiting = nil
-		}
-		for _, due := range []time.Time{r.retryAt, r.listDue, r.wakeBy} {
-			if due.After(now) && (wake.IsZero() || due.Before(wake)) {
-				wake = due
-			}
-		}
-		if wake.IsZero() {
-			alarm.Stop()
-		} else {
-			alarm.Reset(time.Until(wake))
-		}
-		var batches chan []action
-		if r.link != nil && len(r.queue) > 0 {
-			batches = r.link.batches
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case m := <-r.msgs:
-			if err := r.take(m); err != nil {
-				return err
-			}
-			for range len(r.msgs) { // only those: a flood must not keep us here
-				if err := r.take(<-r.msgs); err != nil {
-					return err
-				}
-			}
-		case batches <- r.queue:
-			r.queue = nil
-		case <-alarm.C:
-			r.ring(time.Now())
-		case <-tick.C:
-			tick.Reset(untilBeat())
-			if err := r.keepFiles(ctx); err != nil {
-				return err
-			}
-			r.tick(time.Now())
-		}
-	}
-}
-
-// connect starts an attempt at a connection.
-func (r *runner) connect(ctx context.Context) {
-	r.gen++
-	gen := r.gen
-	linkCtx, cancel := context.WithCancel(ctx)
-	l := &link{
-		batches: make(chan []action), relist: make(chan struct{}, 1), cancel: cancel,
-		first: !r.proven && !r.retry,
-		send:  func(what any) { r.send(linkCtx, gen, what) },
-	}
-	r.link, r.queue, r.master, r.rtt, r.retryAt = l, nil, nil, 0, time.Time{}
-	r.start(func() {
-		err := l.run(linkCtx, r.ssh, r.host, r.paths.control, func(line string) { r.log.Debug("ssh: " + line) })
-		cancel()
-		r.send(ctx, gen, linkDown{err})
-	})
-}
 
 func (r *runner) start(f func()) {
 	r.wg.Add(1)
@@ -251,40 +165,209 @@ func (r *runner) start(f func()) {
 	}()
 }
 
-// send hands the loop a message, from any goroutine, unless ctx ends first.
-func (r *runner) send(ctx context.Context, gen int, what any) {
+// post has the loop run do, unless ctx ends first. The loop itself must not call
+// it.
+func (r *runner) post(ctx context.Context, do func(now time.Time)) {
 	select {
-	case r.msgs <- message{gen, what}:
+	case r.tasks <- do:
 	case <-ctx.Done():
 	}
 }
 
-// do carries out what the core asks for, elsewhere.
-func (r *runner) do(ctx context.Context, a action) {
-	gen, m, rtt := r.gen, r.master, r.rtt
-	switch a.verb {
-	case openPort, closePort:
-		r.queue = append(r.queue, a)
-	case probePort:
-		now := time.Now()
-		if r.pace = r.pace.Add(probePace); r.pace.Before(now) {
-			r.pace = now
+// loop runs until the instance ends. It returns nil, or the error that made it
+// impossible to continue.
+func (r *runner) loop() error {
+	beat := time.NewTimer(untilBeat())
+	defer beat.Stop()
+	alarm := time.NewTimer(0)
+	defer alarm.Stop()
+	r.lastBeat = time.Now()
+	for r.failed == nil {
+		alarm.Reset(time.Until(r.step(time.Now())))
+		select {
+		case <-r.ctx.Done():
+			return nil
+		case do := <-r.tasks:
+			do(time.Now())
+			for range len(r.tasks) { // no more than these: a flood must not block the loop
+				(<-r.tasks)(time.Now())
+			}
+		case <-alarm.C:
+		case <-beat.C:
+			beat.Reset(untilBeat())
+			r.beat(time.Now())
 		}
-		wait := r.pace.Sub(now)
+	}
+	return r.failed
+}
+
+// step does everything that is due, publishes the result, and returns when to call
+// it again.
+func (r *runner) step(now time.Time) (wake time.Time) {
+	wake = now.Add(beatEvery)
+	until := func(t time.Time) {
+		if !t.IsZero() && t.Before(wake) {
+			wake = t
+		}
+	}
+	if r.link == nil && !r.retryAt.After(now) {
+		if r.failed = r.keepFiles(); r.failed != nil { // without the lock the control socket is not ours
+			return wake
+		}
+		r.connect()
+	}
+	r.ring(now)
+	r.lookForWaiting()
+	for {
+		acts, due := r.state.plan(now)
+		for _, a := range acts {
+			r.do(now, a)
+		}
+		if len(acts) == 0 { // an action may cause further ones
+			until(due)
+			break
+		}
+	}
+	for _, d := range r.halfOpen {
+		r.openMissing(d)
+	}
+	r.halfOpen = nil
+	r.tell()
+	if r.changed || r.state.changed {
+		r.changed, r.state.changed = false, false
+		r.board.post(r.snapshot())
+	}
+	until(r.answerWaiting(now))
+	if r.link == nil {
+		until(r.retryAt)
+	} else {
+		until(r.link.listDue)
+		until(r.link.wakeBy)
+	}
+	return wake
+}
+
+// connect starts a connection attempt.
+func (r *runner) connect() {
+	l := &link{r: r, relist: make(chan struct{}, 1), pings: make(chan chan error), first: !r.proven && !r.retry}
+	l.ctx, l.cancel = context.WithCancel(r.ctx)
+	r.link, r.retryAt = l, time.Time{}
+	r.start(func() {
+		err := l.run()
+		l.cancel()
+		r.post(r.ctx, func(now time.Time) { r.down(now, l, err) })
+	})
+}
+
+// do performs an action of the core, either immediately or in a goroutine.
+func (r *runner) do(now time.Time, a action) {
+	switch k, l := a.want.key, r.link; a.verb {
+	case openPort:
+		r.state.openDone(now, k, r.open(a))
+	case closePort:
+		r.listeners -= len(r.doors[k].listeners)
+		r.doors[k].close()
+		delete(r.doors, k)
+	case probePort:
+		if l.pace = l.pace.Add(probePace); l.pace.Before(now) {
+			l.pace = now
+		}
+		m, rtt, wait := l.master, l.rtt, l.pace.Sub(now)
 		r.start(func() {
 			select {
-			case <-ctx.Done():
+			case <-l.ctx.Done():
 				return
 			case <-time.After(wait):
 			}
-			r.send(ctx, gen, probed{a, m.probe(ctx, a.key.local, rtt)})
+			result := l.probe(l.ctx, m, a.want, rtt)
+			l.tell(func(now time.Time) { r.state.probeDone(now, k, a.probe, result) })
 		})
 	case findOwner:
-		r.start(func() { r.send(ctx, gen, ownerFound{a.key, r.owners.of(ctx, a.key.local)}) })
+		r.start(func() {
+			owner := r.owners.of(r.ctx, k.local)
+			r.post(r.ctx, func(time.Time) { r.state.ownerFound(k, owner) })
+		})
 	}
 }
 
-// tell prints what the core has to say.
+// open opens the door of a forward at its own address.
+func (r *runner) open(a action) error {
+	d := &door{r: r, key: a.want.key, meter: a.meter, listeners: make(map[netip.Addr]net.Listener)}
+	d.ctx, d.shut = context.WithCancel(r.ctx)
+	if err := r.listenOn(d, d.key.local.Addr()); err != nil {
+		d.shut()
+		return err
+	}
+	r.doors[d.key] = d
+	d.missing = r.state.cfg.others()
+	r.halfOpen = append(r.halfOpen, d) // the main addresses of all forwards come first
+	return nil
+}
+
+var errFileLimit = errors.New("the limit on open files is too low")
+
+// listenOn opens a door at an address, unless that would leave too few file
+// descriptors for the connections it accepts.
+func (r *runner) listenOn(d *door, a netip.Addr) error {
+	if r.listeners >= r.maxListeners {
+		return fmt.Errorf("%w: it allows %d listeners; raise it (ulimit -n)", errFileLimit, r.maxListeners)
+	}
+	err := d.listen(a)
+	if err == nil {
+		r.listeners++
+	}
+	return err
+}
+
+// openMissing opens a door's additional addresses as far as possible. It does not
+// warn if this machine has no ::1, but does if the port is in use there.
+func (r *runner) openMissing(d *door) {
+	missing := d.missing
+	d.missing = nil
+	for _, a := range missing {
+		err := r.listenOn(d, a)
+		if err == nil || a == loopback6 && (errors.Is(err, syscall.EADDRNOTAVAIL) || errors.Is(err, syscall.EAFNOSUPPORT)) {
+			continue
+		}
+		if d.missing = append(d.missing, a); d.told || errors.Is(err, errFileLimit) {
+			continue
+		}
+		d.told = true
+		at := netip.AddrPortFrom(a, d.key.local.Port())
+		r.start(func() {
+			owner := r.owners.of(r.ctx, at)
+			r.post(r.ctx, func(time.Time) { r.warnMissing(d, at, err, owner) })
+		})
+	}
+	if len(d.missing) == 0 && d.warning != "" {
+		d.warning, r.changed = "", true
+	}
+}
+
+// warnMissing warns that an additional address of a forward cannot be opened.
+func (r *runner) warnMissing(d *door, at netip.AddrPort, err error, owner string) {
+	if len(d.missing) == 0 || r.doors[d.key] != d {
+		return
+	}
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		err = errno
+	}
+	d.warning = fmt.Sprintf("%s is not forwarded: %v", at, err)
+	if owner != "" {
+		d.warning += " (" + owner + ")"
+	}
+	r.log.Warn(fmt.Sprintf("%s; %s still works", d.warning, d.key.local))
+	r.changed = true
+}
+
+func (r *runner) closeDoors() {
+	for _, d := range r.doors {
+		d.close()
+	}
+}
+
+// tell logs the core's messages.
 func (r *runner) tell() {
 	for _, n := range r.state.notes {
 		r.log.LogAttrs(context.Background(), n.level, n.text, n.attrs...)
@@ -292,173 +375,122 @@ func (r *runner) tell() {
 	r.state.notes = nil
 }
 
-// react.go: what the loop in run.go makes of what it is told.
-
-// take takes a message. An error ends the loop.
-func (r *runner) take(m message) error {
-	if m.gen != r.gen && m.gen != anyGen {
-		return nil // of a connection that is no more
+// snapshot returns the current state as shown to clients.
+func (r *runner) snapshot() *snapshot {
+	snap := r.shown
+	snap.Warnings = []string{}
+	if err := r.engineErr(); err != nil {
+		snap.Warnings = append(snap.Warnings, "the remote engine does not answer: "+err.Error())
 	}
-	now := time.Now()
-	switch v := m.what.(type) {
-	case linkUp:
-		r.master = v.m
-	case linkDown:
-		return r.down(now, v.err)
-	case listTaken:
-		r.listed(now, v)
-	case eventsFollowed:
-		clear(r.state.died) // a start may have been missed
-		r.proven = true
-		r.engineBack(&r.eventsErr)
-		r.link.wantList()
-		r.listDue = now.Add(settleAfter)
-	case engineEvent:
-		switch v.action {
-		case "die":
-			r.state.diedNow(now, v.id)
-		case "start":
-			r.state.startedNow(v.id)
-		}
-		at := utc(now)
-		r.shown.LastEventAt, r.changed = &at, true
-		r.link.wantList()
-		r.listDue = now.Add(settleAfter)
-	case engineLost:
-		known := cmp.Or(r.listErr, r.eventsErr) != nil
-		if r.changed = true; v.events {
-			r.eventsErr = v.err
-		} else {
-			r.listErr = v.err
-		}
-		if known {
-			break
-		}
-		if c := &r.shown.Connection; c.State != connected {
-			c.LastError = v.err.Error()
-		}
-		r.log.Warn(fmt.Sprintf("the remote engine does not answer: %v; forwards stay as they are", v.err))
-	case portsDone:
-		for _, o := range v.done {
-			if o.verb == openPort {
-				r.state.openDone(now, o.key, o.err)
-			} else {
-				r.state.closeDone(o.key)
-			}
-		}
-	case probed:
-		r.state.probeDone(now, v.key, v.seq, v.result)
-	case ownerFound:
-		r.state.ownerFound(now, v.key, v.owner)
-	case fileTrouble:
-		if v.err != nil {
-			r.log.Warn(fmt.Sprintf("the state file cannot be written: %v; rdhpf status asks the socket meanwhile", v.err))
-		} else {
-			r.log.Info("the state file is written again")
-		}
-		r.fileErr, r.changed = v.err, true
-	case request:
-		r.request(now, v)
+	if r.fileErr != nil {
+		snap.Warnings = append(snap.Warnings, "the state file cannot be written: "+r.fileErr.Error())
 	}
-	return nil
+	for _, f := range r.state.sorted() {
+		if d := r.doors[f.key]; d != nil && d.warning != "" {
+			snap.Warnings = append(snap.Warnings, d.warning)
+		}
+	}
+	r.state.show(&snap)
+	return &snap
 }
 
-// request does what a client of the socket asks for, and has it answered when
-// that is done.
-func (r *runner) request(now time.Time, q request) {
-	var result any
-	switch q.method {
-	case "pause", "resume":
-		paused := q.method == "pause"
-		if r.state.paused != paused {
-			r.log.Info(map[bool]string{true: "paused: all local ports are closed", false: "resumed"}[paused])
-		}
-		r.state.pause(now, paused)
-		result = map[string]bool{"paused": paused}
-	case "reload":
-		cfg, err := loadConfig(r.dir, r.host.String(), r.flags)
-		if err != nil {
-			q.reply <- reply{err: err}
-			return
-		}
-		r.warnBind(cfg)
-		r.state.configure(now, cfg)
-		r.log.Info("configuration read again")
-		result = map[string]bool{"reloaded": true}
+// engineErr returns why the engine does not answer although there is a connection.
+func (r *runner) engineErr() error {
+	if r.link == nil {
+		return nil
 	}
-	r.waiting = append(r.waiting, func() { q.reply <- reply{result: result} })
+	return cmp.Or(r.link.listErr, r.link.eventsErr)
 }
 
-// warnBind warns of a configuration that lets others in.
-func (r *runner) warnBind(cfg *config) {
-	if !cfg.bind.IsLoopback() {
-		r.log.Warn(fmt.Sprintf("listening on %s: others on the network can reach the forwarded ports", cfg.bind))
-	}
-}
-
-// ask has the loop do what a client asks for. It is for the socket's goroutines.
-func (r *runner) ask(ctx context.Context, method string) (any, error) {
-	q := request{method, make(chan reply, 1)}
-	r.send(ctx, anyGen, q)
-	select {
-	case a := <-q.reply:
-		return a.result, a.err
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%s is not done yet: %w", method, ctx.Err())
-	}
-}
-
-// What others than the link tell the loop.
-type (
-	fileTrouble struct{ err error } // nil: it is over
-	request     struct {
-		method string
-		reply  chan reply // with room for one
-	}
-	reply struct {
-		result any
-		err    error
-	}
-)
-
-// listed takes a list. The first of a connection makes it one.
-func (r *runner) listed(now time.Time, v listTaken) {
-	// One list that was held up, by a cut link say, must not hold up all probes.
-	if r.wakeBy = (time.Time{}); r.rtt == 0 {
-		r.rtt = v.took
+// listed handles a list requested at began. The first list of a link makes the
+// connection established.
+func (r *runner) listed(now time.Time, l *link, list []container, began time.Time, took time.Duration, server string) {
+	// One list delayed, say by a cut link, must not slow down all probes.
+	if l.wakeBy = (time.Time{}); l.rtt == 0 {
+		l.rtt = took
 	} else {
-		r.rtt = min(v.took, 2*r.rtt)
+		l.rtt = min(took, 2*l.rtt)
 	}
-	if !r.listDue.After(now) {
-		r.listDue = now.Add(relistEvery)
+	l.listedAt = began
+	if !l.listDue.After(now) {
+		l.listDue = now.Add(relistEvery)
 	}
 	switch {
 	case !r.everUp:
-		r.log.Info(fmt.Sprintf("connected to %s, %s", r.host, v.server))
+		r.log.Info(fmt.Sprintf("connected to %s, %s", r.host, server))
 	case r.shown.Connection.State != connected:
 		r.shown.Connection.Reconnects++
 		r.log.Info(fmt.Sprintf("connected to %s again after %s", r.host, now.Sub(r.shown.Connection.Since).Round(100*time.Millisecond)))
 	}
-	r.engineBack(&r.listErr)
-	if r.connection(now, connected) || r.shown.Engine != v.server {
-		r.shown.Engine, r.changed = v.server, true
+	r.engineBack(&l.listErr)
+	if r.connection(now, connected) || r.shown.Engine != server {
+		r.shown.Engine, r.changed = server, true
 	}
 	r.everUp, r.lastErr = true, nil
-	r.state.listed(now, v.list)
+	r.state.listed(now, list)
+	if !l.lookFrom.IsZero() && !began.Before(l.lookFrom) {
+		r.state.lookAgain(l.lookFrom, "")
+		l.lookFrom = time.Time{}
+	}
 }
 
-// engineBack takes it that the engine does again what it failed to do.
+// following handles the start of an event stream. Earlier events may have been
+// missed.
+func (r *runner) following(now time.Time, l *link) {
+	clear(r.state.died) // a start may have been missed
+	r.proven = true
+	r.engineBack(&l.eventsErr)
+	l.lookFrom = now // once a list tells what was started again meanwhile
+	l.wantList()
+	l.listDue = now.Add(settleAfter)
+}
+
+// happened handles an event.
+func (r *runner) happened(now time.Time, l *link, ev event) {
+	switch ev.action {
+	case "die":
+		r.state.diedNow(now, ev.id)
+	case "start":
+		r.state.startedNow(now, ev.id)
+	case "health_status":
+		r.state.lookAgain(now, ev.id)
+		return // the list does not change
+	}
+	at := utc(now)
+	r.shown.LastEventAt, r.changed = &at, true
+	l.wantList()
+	l.listDue = now.Add(settleAfter)
+}
+
+// engineLost handles a failure to list (if lists is set) or to follow events.
+func (r *runner) engineLost(l *link, lists bool, err error) {
+	known := r.engineErr() != nil
+	if r.changed = true; lists {
+		l.listErr = err
+	} else {
+		l.eventsErr = err
+	}
+	if known {
+		return
+	}
+	if c := &r.shown.Connection; c.State != connected {
+		c.LastError = err.Error()
+	}
+	r.log.Warn(fmt.Sprintf("the remote engine does not answer: %v; forwards stay as they are", err))
+}
+
+// engineBack clears one of the link's engine errors.
 func (r *runner) engineBack(failed *error) {
 	if *failed == nil {
 		return
 	}
 	*failed, r.changed = nil, true
-	if cmp.Or(r.listErr, r.eventsErr) == nil {
+	if r.engineErr() == nil {
 		r.log.Info("the remote engine answers again")
 	}
 }
 
-// connection notes the state of the connection, and says whether it is new.
+// connection records the state of the connection and reports whether it changed.
 func (r *runner) connection(now time.Time, state string) bool {
 	c := &r.shown.Connection
 	if c.State == state {
@@ -468,20 +500,21 @@ func (r *runner) connection(now time.Time, state string) bool {
 	return true
 }
 
-// down takes the end of the connection, or of an attempt at one.
-func (r *runner) down(now time.Time, err error) error {
-	if r.link.why != nil {
-		err = r.link.why
+// down handles the end of a connection or of an attempt.
+func (r *runner) down(now time.Time, l *link, err error) {
+	if l.why != nil {
+		err = l.why
 	}
 	var refused *muxError
 	if !r.retry && (!r.everUp || !r.proven && errors.As(err, &refused)) {
-		return err
+		r.failed = err
+		return
 	}
 	c := &r.shown.Connection
 	if c.State == connected && now.Sub(c.Since) >= steadyAfter {
 		r.failures = 0
 	}
-	// 0, 1, 2, 2, … s: a heal is noticed within seconds, however long it took.
+	// 0, 1, 2, 2, … s: recovery is noticed within seconds after any outage.
 	delay := min(time.Duration(r.failures), 2) * time.Second
 	delay -= time.Duration(rand.Int64N(int64(delay)/4 + 1))
 	r.failures++
@@ -489,7 +522,9 @@ func (r *runner) down(now time.Time, err error) error {
 	if errors.As(err, &e) && e.stubborn {
 		delay = stubbornDelay
 	}
-	r.link, r.master, r.queue, r.wakeBy, r.listErr, r.eventsErr = nil, nil, nil, time.Time{}, nil, nil
+	r.link = nil
+	r.gate.set(nil)
+	r.state.disconnected()
 	if r.everUp {
 		r.connection(now, reconnecting)
 	}
@@ -503,51 +538,257 @@ func (r *runner) down(now time.Time, err error) error {
 		r.log.Warn(fmt.Sprintf("connection lost: %v; trying again %s", err, when))
 	}
 	r.lastErr = err
-	r.state.disconnected()
-	return nil
 }
 
-// ring does what was due by now.
+// ring does whatever is due on the connection.
 func (r *runner) ring(now time.Time) {
-	if r.link == nil {
+	l := r.link
+	if l == nil {
 		return
 	}
-	if !r.listDue.After(now) {
-		r.listDue = now.Add(relistEvery)
-		r.link.wantList()
+	if !l.listDue.IsZero() && !l.listDue.After(now) {
+		l.listDue = now.Add(relistEvery)
+		l.wantList()
 	}
-	if !r.wakeBy.IsZero() && !r.wakeBy.After(now) {
-		r.wakeBy = time.Time{}
-		r.link.end(errors.New("no answer since the machine woke up"))
+	if !l.wakeBy.IsZero() && !l.wakeBy.After(now) {
+		l.wakeBy = time.Time{}
+		l.end(errors.New("no answer after the machine woke up"))
 	}
 }
 
-// tick sees whether the machine slept: the wall clock ran on meanwhile, and the
-// connection may be long dead without a word.
-func (r *runner) tick(now time.Time) {
-	slept := now.Round(0).Sub(r.lastTick.Round(0)) > sleptAfter
-	r.lastTick = now
-	if !slept {
-		return
+// beat does the periodic work, every 2 s.
+func (r *runner) beat(now time.Time) {
+	slept := now.Round(0).Sub(r.lastBeat.Round(0)) > sleptAfter
+	r.lastBeat = now
+	if slept {
+		r.woke(now)
 	}
-	r.log.Debug("the machine slept: looking at the connection")
+	for _, d := range r.doors {
+		if len(d.missing) > 0 {
+			r.openMissing(d)
+		}
+	}
+	var carried int64
+	for _, f := range r.state.forwards {
+		carried += f.meter.connections.Load() + f.meter.open.Load() + f.meter.in.Load() + f.meter.out.Load()
+	}
+	r.changed = r.changed || carried != r.carried
+	r.carried = carried
+	if err := r.keepFiles(); err != nil {
+		r.failed = err
+	}
+}
+
+// woke handles a sleep of the machine, seen as a jump of the wall clock. The
+// connection may have died long ago without notice.
+func (r *runner) woke(now time.Time) {
+	r.log.Debug("the machine slept; checking the connection")
 	switch {
 	case r.link == nil:
 		r.retryAt = now
 	case r.shown.Connection.State == connected:
-		r.wakeBy = now.Add(wakeDeadline + r.rtt)
+		r.link.wakeBy = now.Add(wakeDeadline + r.link.rtt)
 		r.link.wantList()
+		r.state.lookAgain(now, "")
 	}
 }
 
-// board.go: where the loop posts snapshots, and everybody else looks.
+func (r *runner) fileTrouble(err error) {
+	if err != nil {
+		r.log.Warn(fmt.Sprintf("the state file cannot be written: %v; rdhpf status uses the socket meanwhile", err))
+	} else {
+		r.log.Info("the state file can be written again")
+	}
+	r.fileErr, r.changed = err, true
+}
 
-// board holds the newest snapshot. Posting never waits for those who look.
+// waiter is a client of the socket that waits for the loop.
+type waiter struct {
+	method string
+	result any       // of a method that only changes something
+	since  time.Time // it wants observations newer than this; zero if it waits for none
+	until  time.Time // when it stops waiting
+	listed bool      // a list requested after since has arrived
+	answer chan<- reply
+}
+
+type reply struct {
+	result any
+	err    error
+}
+
+// ask has the loop serve a client's request. The socket's goroutines call it.
+func (r *runner) ask(ctx context.Context, method string) (any, error) {
+	answer := make(chan reply, 1)
+	r.post(ctx, func(now time.Time) { r.request(now, method, answer) })
+	select {
+	case a := <-answer:
+		return a.result, a.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("%s is still in progress: %w", method, ctx.Err())
+	}
+}
+
+// request starts a client's request and arranges for the reply when it is done.
+// answer must be buffered.
+func (r *runner) request(now time.Time, method string, answer chan<- reply) {
+	w := &waiter{method: method, answer: answer}
+	switch method {
+	case "status":
+		answer <- reply{result: r.snapshot().at(now)}
+		r.state.lookAgain(now.Add(-staleAfter), "")
+		return
+	case "health", "verify":
+		if w.since, w.until = now, now.Add(lookTimeout); r.link != nil {
+			r.link.wantList()
+		}
+	case "pause", "resume":
+		paused := method == "pause"
+		if r.state.paused != paused {
+			r.log.Info(map[bool]string{true: "paused: all local ports are closed", false: "resumed"}[paused])
+		}
+		r.state.pause(now, paused)
+		w.result = map[string]bool{"paused": paused}
+	case "reload":
+		cfg, err := loadConfig(r.dir, r.host.String(), r.flags)
+		if err != nil {
+			answer <- reply{err: err}
+			return
+		}
+		r.warnBind(cfg)
+		r.state.configure(now, cfg)
+		r.log.Info("configuration reloaded")
+		w.result = map[string]bool{"reloaded": true}
+	default:
+		answer <- reply{err: fmt.Errorf("unknown method %s", method)}
+		return
+	}
+	r.waiting = append(r.waiting, w)
+}
+
+// lookForWaiting requests the probes that clients wait for, once a list shows what
+// exists.
+func (r *runner) lookForWaiting() {
+	for _, w := range r.waiting {
+		if !w.listed && r.link != nil && !w.since.IsZero() && !r.link.listedAt.Before(w.since) {
+			w.listed = true
+			r.state.lookAgain(w.since, "")
+		}
+	}
+}
+
+// answerWaiting replies to the clients that are done waiting, and returns the
+// earliest deadline of the others.
+func (r *runner) answerWaiting(now time.Time) (next time.Time) {
+	var rest []*waiter
+	for _, w := range r.waiting {
+		over := w.since.IsZero() || !w.until.After(now) || r.shown.Connection.State != connected
+		if !over && (!w.listed || len(r.state.unlooked(w.since)) > 0) {
+			rest = append(rest, w)
+			if next.IsZero() || w.until.Before(next) {
+				next = w.until
+			}
+			continue
+		}
+		w.answer <- r.replyTo(w, now)
+	}
+	r.waiting = rest
+	return next
+}
+
+// replyTo returns the reply to a client that is done waiting.
+func (r *runner) replyTo(w *waiter, now time.Time) reply {
+	switch w.method {
+	case "health":
+		var doubts []string
+		switch {
+		case r.shown.Connection.State != connected:
+		case w.listed:
+			for _, f := range r.state.unlooked(w.since) {
+				doubts = append(doubts, fmt.Sprintf("%s could not be verified: the remote host does not answer", f.local))
+			}
+		case r.engineErr() == nil: // otherwise the snapshot has a warning
+			doubts = []string{"nothing could be verified: the remote engine does not answer"}
+		}
+		return reply{result: r.snapshot().health(now, doubts...)}
+	case "verify":
+		if r.shown.Connection.State == connected && (!w.listed || len(r.state.unlooked(w.since)) > 0) {
+			return reply{err: errors.New("the remote host does not answer")}
+		}
+		return reply{result: r.snapshot().at(now)}
+	}
+	return reply{result: w.result}
+}
+
+// warnBind warns of a configuration that exposes ports to the network.
+func (r *runner) warnBind(cfg *config) {
+	for _, a := range cfg.addrs() {
+		if !a.IsLoopback() {
+			r.log.Warn(fmt.Sprintf("listening on %s: others on the network can reach the forwarded ports", a))
+		}
+	}
+}
+
+// listen creates the socket and serves it until the instance ends or listen is
+// called again.
+func (r *runner) listen() error {
+	l, err := listenSocket(r.paths.socket)
+	if err == nil {
+		r.socket, err = os.Lstat(r.paths.socket)
+	}
+	if err != nil {
+		return fmt.Errorf("creating the socket for rdhpf status: %w", err)
+	}
+	if r.listener != nil {
+		r.listener.Close()
+	}
+	r.listener = l
+	r.start(func() { (&server{board: r.board, ask: r.ask, stop: r.quit}).serve(r.ctx, l) })
+	return nil
+}
+
+// unlisten removes the socket if it is still ours.
+func (r *runner) unlisten() {
+	if !replaced(r.paths.socket, r.socket) {
+		removeSocket(r.paths.socket)
+	}
+}
+
+// keepFiles recreates the lock and the socket if they are no longer in place. An
+// error means that another instance now holds the lock.
+func (r *runner) keepFiles() error {
+	info, err := r.lock.Stat()
+	if err != nil || replaced(r.paths.lock, info) {
+		if makeDir(r.paths.dir) != nil {
+			return nil // the writer of the state file reports it
+		}
+		lock, err := lockInstance(r.paths.lock)
+		if errors.As(err, new(*heldError)) {
+			return fmt.Errorf("%s was removed: %w", r.paths.lock, err)
+		} else if err != nil {
+			return nil
+		}
+		r.lock.Close()
+		r.lock = lock
+		r.log.Warn(fmt.Sprintf("%s was removed or replaced; recreated it", r.paths.lock))
+	}
+	if !replaced(r.paths.socket, r.socket) {
+		return nil
+	}
+	said := r.socketErr
+	if r.socketErr = r.listen(); r.socketErr == nil {
+		r.log.Warn(fmt.Sprintf("%s was removed or replaced; recreated it", r.paths.socket))
+	} else if said == nil {
+		r.log.Warn(r.socketErr.Error())
+	}
+	return nil
+}
+
+// board holds the newest snapshot. Posting never waits for readers.
 type board struct {
 	mu   sync.Mutex
 	snap *snapshot
 	next chan struct{} // closed at the next post
-	body []byte        // of snap as JSON, once somebody asked for it
 }
 
 func newBoard(snap *snapshot) *board { return &board{snap: snap, next: make(chan struct{})} }
@@ -555,89 +796,15 @@ func newBoard(snap *snapshot) *board { return &board{snap: snap, next: make(chan
 func (b *board) post(snap *snapshot) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.snap, b.body = snap, nil
+	b.snap = snap
 	close(b.next)
 	b.next = make(chan struct{})
 }
 
-// look returns the newest snapshot and a channel that is closed when there is a
-// newer one.
+// look returns the newest snapshot and a channel that is closed when a newer one
+// is posted.
 func (b *board) look() (*snapshot, <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.snap, b.next
-}
-
-// lookJSON is look for those who send the snapshot on. It is encoded once.
-func (b *board) lookJSON(now time.Time) (json.RawMessage, <-chan struct{}) {
-	b.mu.Lock()
-	snap, body, next := b.snap, b.body, b.next
-	b.mu.Unlock()
-	if body == nil {
-		body = mustJSON(snap) // outside of the lock, for it can take milliseconds
-		b.mu.Lock()
-		if b.snap == snap {
-			b.body = body
-		}
-		b.mu.Unlock()
-	}
-	return redate(body, now), next
-}
-
-// files.go: the lock and the socket of a running instance, which it makes again
-// where somebody removes or replaces them.
-
-// listen makes the socket and serves on it until ctx ends, or until it listens
-// anew.
-func (r *runner) listen(ctx context.Context) error {
-	l, err := listenSocket(r.paths.socket)
-	if err == nil {
-		r.socket, err = os.Lstat(r.paths.socket)
-	}
-	if err != nil {
-		return fmt.Errorf("making the socket for rdhpf status: %w", err)
-	}
-	if r.listener != nil {
-		r.listener.Close()
-	}
-	r.listener = l
-	r.start(func() { (&server{board: r.board, ask: r.ask, stop: r.quit}).serve(ctx, l) })
-	return nil
-}
-
-// unlisten removes the socket, where it is still ours.
-func (r *runner) unlisten() {
-	if !replaced(r.paths.socket, r.socket) {
-		removeSocket(r.paths.socket)
-	}
-}
-
-// keepFiles sees that the lock and the socket are where others look for them. An
-// error says that another instance has the lock by now.
-func (r *runner) keepFiles(ctx context.Context) error {
-	info, err := r.lock.Stat()
-	if err != nil || replaced(r.paths.lock, info) {
-		if makeDir(r.paths.dir) != nil {
-			return nil // who writes the state file tells of that
-		}
-		lock, err := lockInstance(r.paths.lock)
-		if errors.As(err, new(*heldError)) {
-			return fmt.Errorf("somebody removed %s meanwhile: %w", r.paths.lock, err)
-		} else if err != nil {
-			return nil
-		}
-		r.lock.Close()
-		r.lock = lock
-		r.log.Warn(fmt.Sprintf("somebody removed or replaced %s: made again", r.paths.lock))
-	}
-	if !replaced(r.paths.socket, r.socket) {
-		return nil
-	}
-	said := r.socketErr
-	if r.socketErr = r.listen(ctx); r.socketErr == nil {
-		r.log.Warn(fmt.Sprintf("somebody removed or replaced %s: made again", r.paths.socket))
-	} else if said == nil {
-		r.log.Warn(r.socketErr.Error())
-	}
-	return nil
 }

@@ -1,7 +1,7 @@
 package main
 
-// ssh.go: the ssh master: its arguments, its start and readiness, what it says
-// on stderr, its end.
+// ssh.go: the ssh master: its arguments, startup, readiness, stderr output and
+// exit.
 
 import (
 	"bufio"
@@ -19,20 +19,21 @@ import (
 )
 
 const (
-	connectTimeout = 8 * time.Second  // for TCP and the server's banner, by ssh itself
-	readyTimeout   = 30 * time.Second // for all of it, jumps and authentication included
+	connectTimeout = 8 * time.Second  // for TCP and the server's banner, enforced by ssh
+	readyTimeout   = 30 * time.Second // overall, including jumps and authentication
 	readyPoll      = 2 * time.Millisecond
 	stopTimeout    = time.Second // from SIGTERM to SIGKILL
 	muxTimeout     = 5 * time.Second
+	maxDials       = 16 // concurrently: the control socket's backlog is 64
 )
 
-// sshProgram is the OpenSSH client to use.
+// sshProgram is the installed OpenSSH client.
 type sshProgram struct {
 	path         string
 	major, minor int
 }
 
-// findSSH looks for ssh on PATH and asks for its version.
+// findSSH finds ssh on PATH and determines its version.
 func findSSH() (sshProgram, error) {
 	path, err := exec.LookPath("ssh")
 	if err != nil {
@@ -45,26 +46,26 @@ func findSSH() (sshProgram, error) {
 	p := sshProgram{path: path}
 	_, version, _ := strings.Cut(string(out), "OpenSSH_") // "9.2p1 Debian-2, …"
 	if _, err := fmt.Sscanf(version, "%d.%d", &p.major, &p.minor); err != nil {
-		return sshProgram{}, fmt.Errorf("%s is not OpenSSH: it says %q", path, printable(string(out), maxText))
+		return sshProgram{}, fmt.Errorf("%s is not OpenSSH: ssh -V printed %q", path, printable(string(out), maxText))
 	}
 	return p, nil
 }
 
-// args are the master's arguments. The user's ssh_config applies but for what
-// would make it no foreground master that listens for nobody but us; host keys
-// are never its or our business. A link is given up after 9 s of silence: TCP's
-// own retries come too far apart by then to be back soon after it heals.
-func (p sshProgram) args(h host, control string) []string {
+// args returns the master's arguments. The user's ssh_config applies, host key
+// checking included, except for options that would keep ssh from being a foreground
+// master that listens only for us. A link is given up after 9 s of silence: by then
+// TCP's retries are too far apart to recover soon after the link does.
+func (prog sshProgram) args(h host, control string) []string {
 	options := []string{
 		"ControlMaster=yes", "ControlPersist=no", "BatchMode=yes", "ClearAllForwardings=yes",
 		"ExitOnForwardFailure=no", "GatewayPorts=no", "RemoteCommand=none", "RequestTTY=no", "Tunnel=no",
 		"PermitLocalCommand=no", "ForwardAgent=no", "ForwardX11=no", "VisualHostKey=no", "LogLevel=INFO",
 		fmt.Sprintf("ConnectTimeout=%d", connectTimeout/time.Second), "ServerAliveInterval=3", "ServerAliveCountMax=2",
 	}
-	if p.major > 8 || p.major == 8 && p.minor >= 7 {
+	if prog.major > 8 || prog.major == 8 && prog.minor >= 7 {
 		options = append(options, "ForkAfterAuthentication=no")
 	}
-	// -S takes the path as it is, where -o would split it at spaces; ssh still
+	// -S takes the path verbatim, whereas -o would split it at spaces; ssh still
 	// expands % in it.
 	args := []string{"-M", "-N", "-T", "-S", strings.ReplaceAll(control, "%", "%%")}
 	for _, o := range options {
@@ -73,33 +74,35 @@ func (p sshProgram) args(h host, control string) []string {
 	return append(args, h.sshArgs()...)
 }
 
-// master is a running ssh master. Its fields are set once before others see it.
+// master is a running ssh master. Its fields are set before it is shared.
 type master struct {
 	control string
-	socket  os.FileInfo // of the control socket, to see it replaced
+	socket  os.FileInfo // of the control socket, to detect replacement
 	cmd     *exec.Cmd
 	done    chan struct{} // closed when the process has been waited for
 
-	prohibited atomic.Int64 // connections that the server refused to make
-	probes     sync.RWMutex // held by those that are under way
+	first    *muxConn                // the connection on which the master first answered
+	dials    chan struct{}           // semaphore for concurrent dials
+	refusals [nOutcomes]atomic.Int64 // streams that could not be opened, according to ssh's stderr
+	probes   sync.RWMutex            // read-held by probes in progress
 
 	mu   sync.Mutex
 	said []string // the last lines on stderr
 }
 
-// connectError is why a connection could not be made. Where stubborn, trying
-// again soon is of no use: a person has to do something first.
+// connectError is the reason that a connection could not be made. If stubborn is
+// set, retrying soon is pointless: the user has to fix something first.
 type connectError struct {
 	said     string
 	stubborn bool
 }
 
-func (e *connectError) Error() string { return e.said }
+func (ce *connectError) Error() string { return ce.said }
 
 // startMaster starts a master and waits until it answers on its control socket
-// with its own pid. Whoever calls it holds the instance lock, so what is on the
-// control path belongs to no one alive.
-func (p sshProgram) startMaster(ctx context.Context, h host, control string, debug func(string)) (*master, error) {
+// with its own pid. The caller must hold the instance lock, so anything at the
+// control path belongs to no live instance.
+func (prog sshProgram) startMaster(ctx context.Context, h host, control string, debug func(string)) (*master, error) {
 	if err := sweepControl(control); err != nil {
 		return nil, err
 	}
@@ -107,7 +110,7 @@ func (p sshProgram) startMaster(ctx context.Context, h host, control string, deb
 	if err != nil {
 		return nil, fmt.Errorf("starting ssh: %w", err)
 	}
-	m := &master{control: control, cmd: exec.Command(p.path, p.args(h, control)...), done: make(chan struct{})}
+	m := &master{control: control, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}), dials: make(chan struct{}, maxDials)}
 	m.cmd.Stderr = w
 	err = startChild(m.cmd)
 	w.Close()
@@ -122,7 +125,7 @@ func (p sshProgram) startMaster(ctx context.Context, h host, control string, deb
 	}()
 	go func() {
 		m.cmd.Wait()
-		// A ProxyCommand can hold the pipe longer than ssh lives.
+		// A ProxyCommand can keep the pipe open after ssh has exited.
 		r.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
 		<-read
 		r.Close()
@@ -160,18 +163,18 @@ func (m *master) awaitReady(ctx context.Context) error {
 			continue // bound, but not listening yet
 		}
 		pid, err := conn.alive(muxTimeout)
-		conn.Close()
-		if err == nil && pid != m.cmd.Process.Pid {
-			return fmt.Errorf("another ssh (pid %d) answers on %s", pid, m.control)
-		}
-		if err == nil {
-			m.socket = info
+		if err == nil && pid == m.cmd.Process.Pid {
+			m.socket, m.first = info, conn
 			return nil
+		}
+		conn.Close()
+		if err == nil {
+			return fmt.Errorf("another ssh (pid %d) answers on %s", pid, m.control)
 		}
 	}
 }
 
-// replaced says whether what is at path is no longer what was made there.
+// replaced reports whether the file created at path is no longer there.
 func replaced(path string, made os.FileInfo) bool {
 	info, err := os.Lstat(path)
 	return err != nil || !os.SameFile(info, made)
@@ -189,9 +192,9 @@ func (m *master) readStderr(r *os.File, debug func(string)) {
 			continue
 		}
 		debug(text)
-		if strings.HasPrefix(text, "channel ") { // one connection's trouble is not the master's
-			if strings.Contains(text, "administratively prohibited") {
-				m.prohibited.Add(1)
+		if strings.HasPrefix(text, "channel ") { // concerns one connection, not the master
+			if strings.Contains(text, "open failed") {
+				m.refusals[refusalOf(text)].Add(1)
 			}
 			continue
 		}
@@ -203,7 +206,33 @@ func (m *master) readStderr(r *os.File, debug func(string)) {
 	}
 }
 
-// lastWord is the last line that ssh said on stderr, "" when none.
+// outcome is the result of an attempt to connect to an address from the remote
+// host.
+type outcome uint8
+
+const (
+	wasReached    outcome = iota
+	refusedThere          // nothing listens at the address
+	unreachable           // not reachable for another reason
+	forbiddenToGo         // prohibited by the server
+	nOutcomes
+	unsure   // refused, for an uncertain reason
+	noAnswer // the link did not answer in time
+)
+
+// refusalOf returns the outcome reported by a line of ssh's stderr: "channel 3:
+// open failed: …".
+func refusalOf(line string) outcome {
+	switch {
+	case strings.Contains(line, "administratively prohibited"):
+		return forbiddenToGo
+	case strings.Contains(line, "Connection refused"):
+		return refusedThere
+	}
+	return unreachable
+}
+
+// lastWord returns the last line that ssh wrote to stderr, or "".
 func (m *master) lastWord() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -213,8 +242,8 @@ func (m *master) lastWord() string {
 	return m.said[len(m.said)-1]
 }
 
-// exitError explains the end of the master, once done, in ssh's own words. A
-// master that was killed can exit 0: that it ended is a failure all the same.
+// exitError explains the master's exit, once done is closed, in ssh's own words. A
+// killed master can exit with 0, but any exit is a failure.
 func (m *master) exitError() error {
 	m.mu.Lock()
 	all := strings.Join(m.said, "\n")
@@ -223,19 +252,22 @@ func (m *master) exitError() error {
 	switch {
 	case strings.Contains(all, "REMOTE HOST IDENTIFICATION HAS CHANGED"):
 		return &connectError{"ssh: the host key of the remote host has changed: Host key verification failed. " +
-			"If that is right, remove the old one with ssh-keygen -R", true}
+			"If that is expected, remove the old key with ssh-keygen -R", true}
 	case strings.Contains(all, "Host key verification failed"):
-		return &connectError{"ssh: " + last + " Run ssh to that host once by hand and check its key", true}
+		return &connectError{"ssh: " + last + " Connect to that host once with ssh and check its key", true}
 	case strings.Contains(all, "Permission denied ("):
-		return &connectError{"ssh: " + last + " rdhpf asks for no password: use a key or an agent that ssh takes without one", true}
+		return &connectError{"ssh: " + last + " rdhpf never asks for a password: use an agent or a key without a passphrase", true}
 	case last != "":
 		return &connectError{said: "ssh: " + strings.TrimPrefix(last, "ssh: ")}
 	}
 	return &connectError{said: "ssh ended: " + m.cmd.ProcessState.String()}
 }
 
-// stop ends the master and whatever it started, and removes its socket.
+// stop ends the master and its children, and removes its socket.
 func (m *master) stop() {
+	if m.first != nil {
+		defer m.first.Close()
+	}
 	m.signal(syscall.SIGTERM)
 	select {
 	case <-m.done:
@@ -248,17 +280,17 @@ func (m *master) stop() {
 	}
 }
 
-// signal reaches a ProxyCommand too: the master leads a process group.
+// signal signals the master's process group, which includes a ProxyCommand.
 func (m *master) signal(sig syscall.Signal) {
 	select {
-	case <-m.done: // its pid may be another's by now
+	case <-m.done: // the pid may have been reused
 	default:
 		syscall.Kill(-m.cmd.Process.Pid, sig)
 	}
 }
 
-// sweepControl ends an orphan of an earlier run that still answers on the
-// control path, and removes a socket that nobody answers on.
+// sweepControl ends an orphaned master of an earlier run that still answers at the
+// control path, and removes its socket.
 func sweepControl(control string) error {
 	if _, err := os.Lstat(control); errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -270,7 +302,8 @@ func sweepControl(control string) error {
 	return removeSocket(control)
 }
 
-// removeSocket removes path if it is a socket; that it is gone already is fine.
+// removeSocket removes the socket at path, if any. It is an error if path is
+// something else.
 func removeSocket(path string) error {
 	info, err := os.Lstat(path)
 	switch {
@@ -279,7 +312,7 @@ func removeSocket(path string) error {
 	case err != nil:
 		return err
 	case info.Mode().Type() != fs.ModeSocket:
-		return fmt.Errorf("%s is in the way and no socket: remove it", path)
+		return fmt.Errorf("%s exists and is not a socket: remove it", path)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -1,5 +1,10 @@
 package main
 
+// state.go: the core state machine, and the snapshot of it that clients see. The
+// core tracks the desired and the observed state of each forward, consumes events
+// and decides what to do next. It does no I/O, reads no clock and takes no lock:
+// its only caller is the loop in run.go.
+
 import (
 	"cmp"
 	"errors"
@@ -7,29 +12,18 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
-	"sort"
 	"strconv"
+	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
 
-// state.go: the core. It holds what is wanted and what is known of each
-// forward, takes what happened, and says what to do next. No I/O, no clock of
-// its own, no lock: the loop in run.go is its only caller.
-
-// The three statuses of a forward. There is no fourth.
+// The statuses of a forward.
 const (
 	active   = "active"
 	conflict = "conflict"
 	pending  = "pending"
-)
-
-const (
-	bindAttempts = 5
-	bindDelay    = 100 * time.Millisecond // after the first failure, then doubling
-	slowLook     = 2 * time.Second        // between looks at a conflict, and the most between probes
-	holderEvery  = 15                     // looks at a conflict between looks at who holds the port
-	diedFor      = 30 * time.Second       // how long a dead container's id is remembered at most
 )
 
 const (
@@ -42,61 +36,265 @@ const (
 	reasonGivenUp = "port already in use after 5 retry attempts"
 )
 
-// verb is something to be done to a forward outside of the core.
+const (
+	bindAttempts = 5
+	bindDelay    = 100 * time.Millisecond // after the first failure; doubles with each further one
+	slowLook     = 2 * time.Second        // between checks of a conflict; also the longest wait between probes
+	holderEvery  = 15                     // checks of a conflict per lookup of the port's owner
+	diedFor      = 30 * time.Second       // the longest a dead container's id is remembered
+	staleAfter   = 30 * time.Second       // evidence older than this is refreshed when a client asks
+)
+
+// container is a running container, decoded, validated and safe to print.
+type container struct {
+	id      string // 12 characters
+	name    string
+	image   string
+	service string // docker compose service, or ""
+	paused  bool
+	hostNet bool
+	noProbe bool // set by its label
+	ports   []port
+	nets    []network // sorted by name
+}
+
+// port is one published port of a container.
+type port struct {
+	ip      netip.Addr // as published; the zero Addr if the engine sent an invalid one
+	private uint16
+	public  uint16
+	proto   string
+}
+
+// network is a container's attachment to one network.
+type network struct {
+	endpoint string // the engine's endpoint id; changes at every start
+	addr     netip.Addr
+	gateway  netip.Addr // of the network; the zero Addr if there is none
+}
+
+// key identifies a forward.
+type key struct{ local, remote netip.AddrPort }
+
+// want is a forward that should exist, its container, and how the remote host
+// reaches that container.
+type want struct {
+	key
+	id, name, image, service string
+	private                  uint16
+	paused                   bool
+	noProbe                  bool
+	direct                   netip.Addr // the container's own address; the zero Addr if unknown
+	gateway                  netip.Addr // of its network; the remote host itself if the network is local to it
+	onlyNet                  bool       // the container is in exactly one network
+	endpoints                string     // of all its networks, space-separated
+}
+
+// who returns the container's name and id for display.
+func (wt want) who() string { return fmt.Sprintf("%s (%s)", wt.name, wt.id) }
+
+// skippedPort is a published port that is not forwarded. Port is 0 if the reason
+// applies to the whole container.
+type skippedPort struct {
+	ContainerID string `json:"container_id"`
+	Name        string `json:"container_name"`
+	Port        uint16 `json:"port"`
+	Protocol    string `json:"protocol"`
+	Reason      string `json:"reason"`
+}
+
+var (
+	loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	loopback6 = netip.IPv6Loopback()
+)
+
+// desired returns the forwards that the listed containers require. If two
+// containers claim the same key, the one listed first wins: engines list the
+// newest first, and the older one is usually about to go.
+func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
+	wants := make(map[key]want)
+	skipped := []skippedPort{}
+	for _, c := range list {
+		skip := func(p port, reason string) {
+			skipped = append(skipped, skippedPort{c.id, c.name, p.public, p.proto, reason})
+		}
+		if c.hostNet {
+			skip(port{proto: "tcp"}, "host network: the container publishes no ports")
+		}
+		for i, p := range c.ports {
+			if repeated(c.ports, i) {
+				continue
+			}
+			local, reason := cfg.local(p.public)
+			switch {
+			case p.proto != "tcp":
+				reason = "SSH carries TCP only"
+			case !p.ip.IsValid():
+				reason = "published on an invalid address"
+			}
+			if reason != "" {
+				skip(p, reason)
+				continue
+			}
+			w := c.want(p, local)
+			w.noProbe = c.noProbe || has(cfg.noProbe, p.public)
+			if _, taken := wants[w.key]; !taken {
+				wants[w.key] = w
+			}
+		}
+	}
+	slices.SortStableFunc(skipped, func(a, b skippedPort) int { return cmp.Compare(a.Port, b.Port) })
+	return wants, skipped
+}
+
+// want returns the forward of one published port.
+func (ctr *container) want(p port, local netip.AddrPort) want {
+	w := want{key: key{local, netip.AddrPortFrom(dialable(p.ip), p.public)}, id: ctr.id, name: ctr.name, image: ctr.image,
+		service: ctr.service, private: p.private, paused: ctr.paused, onlyNet: len(ctr.nets) == 1}
+	var endpoints []string
+	for _, n := range ctr.nets {
+		endpoints = append(endpoints, n.endpoint)
+		if !w.gateway.IsValid() && n.addr.IsValid() {
+			w.direct, w.gateway = n.addr, n.gateway
+		}
+	}
+	w.endpoints = strings.Join(endpoints, " ")
+	return w
+}
+
+// repeated reports whether the i-th port is also published, under the same
+// number, on an address preferred by reach. Engines list 0.0.0.0, :: and each
+// single address separately; one forward serves them all.
+func repeated(ports []port, i int) bool {
+	for j, q := range ports {
+		p := ports[i]
+		same := q.private == p.private && q.public == p.public && q.proto == p.proto
+		if order := cmp.Compare(reach(q.ip), reach(p.ip)); same && (order < 0 || order == 0 && j < i) {
+			return true
+		}
+	}
+	return false
+}
+
+// reach ranks the addresses on which a port can be published; the lowest is the
+// best to dial.
+func reach(ip netip.Addr) int {
+	switch {
+	case ip == netip.IPv4Unspecified():
+		return 0
+	case ip.Is4():
+		return 1
+	case ip == netip.IPv6Unspecified():
+		return 2
+	case ip.IsValid():
+		return 3
+	}
+	return 4
+}
+
+// dialable returns the address at which the remote host reaches a port published
+// on ip.
+func dialable(ip netip.Addr) netip.Addr {
+	switch ip {
+	case netip.IPv4Unspecified():
+		return loopback4
+	case netip.IPv6Unspecified():
+		return loopback6
+	}
+	return ip
+}
+
+// verb is an operation on a forward that the core asks its caller to perform.
 type verb uint8
 
 const (
-	nothing   verb = iota
-	openPort       // bind, then ask the master to listen
-	closePort      // ask the master to stop listening
-	probePort      // connect and see whether something answers
-	findOwner      // find who holds the local port
+	openPort  verb = iota // listen; the result goes to openDone immediately
+	closePort             // stop listening; cannot fail
+	probePort             // check whether the service answers; the result goes to probeDone
+	findOwner             // find who holds the local port; the result goes to ownerFound
 )
 
 type action struct {
-	verb verb
-	key  key
-	seq  int // of a probe: results of older ones are ignored
+	verb  verb
+	want  want
+	meter *meter
+	probe int // sequence number; results of older probes are ignored
 }
 
-// forward is what is known of one forward.
+// stage is the progress of a forward.
+type stage uint8
+
+const (
+	shut      stage = iota // not open; to be opened when due
+	taken                  // not open; the local port cannot be bound
+	failed                 // not open; listening failed for another reason
+	unseen                 // open; the service has not been seen yet
+	answering              // open; the service answered when last seen
+	silent                 // open; the service does not answer
+	forbidden              // open; the SSH server prohibits connecting
+)
+
+func (sg stage) open() bool { return sg >= unseen }
+
+// forward is the state of one forward.
 type forward struct {
 	want
-	status, reason   string
-	created, updated time.Time
-	wanted           bool      // else it is closed, then forgotten
-	open             bool      // the master listens, as far as is known
-	busy             verb      // openPort or closePort under way
-	probing          bool      // a probe is under way
-	seq              int       // number of the last probe
-	tries            int       // failures in a row
-	due              time.Time // when to try again
-	said             bool      // a person was told that it is open
-	moaned           bool      // a person was told of the conflict
-	ask              bool      // who holds the local port is to be found out
+	wanted bool   // if false, plan closes and forgets it
+	meter  *meter // traffic counters, shared with the goroutines that count
+
+	// Shown to clients.
+	status, reason string
+	created        time.Time
+	updated        time.Time
+	verified       time.Time // when the service last answered; zero if never
+
+	// Progress. Only reset reverts it.
+	stage stage
+	fault string    // why the stage is taken or failed
+	tries int       // consecutive failures
+	due   time.Time // when to try again
+	probe int       // number of the probe in progress, or 0
+	began time.Time // start of the last probe
+	seen  time.Time // the stage was observed at this time or later
+	look  time.Time // an observation newer than this is wanted
+	// A carried connection found no service, and no probe has checked since.
+	suspect bool
+
+	// Log messages and lookups.
+	said   bool // logged as open
+	moaned bool // logged as not open
+	moan   bool // to be logged as not open
+	ask    bool // the owner of the local port is to be looked up
 }
 
-// note is a line for a person, with what a machine wants of it.
+// meter counts the traffic of one forward. It is safe for concurrent use.
+type meter struct {
+	connections, open, in, out atomic.Int64
+	used                       atomic.Int64 // Unix time in ns of the last byte or connection; 0 if none
+	told                       atomic.Int64 // Unix time in ns when the loop was last told that the service answers
+}
+
+// note is a log message and its attributes.
 type note struct {
 	level slog.Level
 	text  string
 	attrs []slog.Attr
 }
 
-// state is owned by one goroutine.
+// state is the core. It is owned by a single goroutine.
 type state struct {
 	cfg      *config
-	probeMax int // probes at once
+	probeMax int // maximum concurrent probes
 
 	forwards map[key]*forward
 	skipped  []skippedPort
 	list     []container
 	died     map[string]time.Time
-	ready    bool // connected, and a list has come since
+	ready    bool // connected, and a list has arrived since
 	paused   bool
-	probes   int
-	seq      int  // of the last probe of any forward
-	changed  bool // something that a snapshot shows has changed
+	probes   int  // in progress
+	probe    int  // number of the last probe
+	changed  bool // the next snapshot differs from the last
 	notes    []note
 }
 
@@ -119,7 +317,7 @@ func (s *state) set(f *forward, now time.Time, status, reason string) {
 	}
 }
 
-// listed takes a complete list of the running containers.
+// listed handles a complete list of the running containers.
 func (s *state) listed(now time.Time, list []container) {
 	shown := make(map[string]bool, len(list))
 	live := make([]container, 0, len(list))
@@ -138,34 +336,58 @@ func (s *state) listed(now time.Time, list []container) {
 	s.reconcile(now)
 }
 
-// diedNow takes the death of a container. An engine lists the dead for some
-// 100 ms more, so lists that show it are not believed until startedNow.
+// diedNow handles the death of a container. An engine keeps listing it for some
+// 100 ms, so lists are not believed about it until startedNow.
 func (s *state) diedNow(now time.Time, id string) {
+	if len(s.died) >= maxContainer { // no list for a long time; the next may be wrong for 100 ms
+		clear(s.died)
+	}
 	s.died[id] = now
-	s.list = slices.DeleteFunc(slices.Clone(s.list), func(c container) bool { return c.id == id })
-	s.reconcile(now)
+	isIt := func(c container) bool { return c.id == id }
+	if slices.ContainsFunc(s.list, isIt) {
+		s.list = slices.DeleteFunc(slices.Clone(s.list), isIt)
+		s.reconcile(now)
+	}
 }
 
-func (s *state) startedNow(id string) { delete(s.died, id) }
+// startedNow handles the start of a container. If it already has forwards, its
+// death was missed.
+func (s *state) startedNow(now time.Time, id string) {
+	delete(s.died, id)
+	for _, f := range s.forwards {
+		if f.id == id {
+			s.renew(f, now)
+		}
+	}
+}
 
-// configure takes a new configuration; what it does not concern stays open.
+// configure applies a new configuration; unaffected forwards stay open.
 func (s *state) configure(now time.Time, cfg *config) {
 	s.cfg = cfg
 	s.reconcile(now)
 }
 
-// pause closes all local ports, or has them opened again at once.
+// pause closes all local ports, or reopens them without delay.
 func (s *state) pause(now time.Time, paused bool) {
 	if s.paused == paused {
 		return
 	}
 	s.paused, s.changed = paused, true
 	for _, f := range s.forwards {
-		f.tries, f.due = 0, time.Time{}
-		if !paused {
-			s.set(f, now, pending, reasonProbing)
+		s.reset(f)
+	}
+}
+
+// disconnected handles the loss of the connection. The ports stay open so that
+// clients can wait for the next one; the state of the services is unknown.
+func (s *state) disconnected() {
+	s.ready, s.probes = false, 0
+	for _, f := range s.forwards {
+		if f.stage.open() {
+			s.reset(f)
 		}
 	}
+	clear(s.died)
 }
 
 func (s *state) reconcile(now time.Time) {
@@ -176,31 +398,27 @@ func (s *state) reconcile(now time.Time) {
 	for k, w := range wants {
 		f := s.forwards[k]
 		if f == nil {
-			f = &forward{}
+			f = &forward{meter: &meter{}}
 			s.forwards[k] = f
 		}
-		if !f.wanted || f.id != w.id {
-			// New, back, or taken over by another container: what was known
-			// of the service behind the port is void.
-			f.want, f.wanted, f.created = w, true, now
-			f.tries, f.due, f.probing, f.said, f.moaned = 0, time.Time{}, false, false, false
-			s.renew(f)
-			f.status = ""
-			s.set(f, now, pending, reasonProbing)
-			if f.open {
+		was := f.want
+		f.want = w
+		switch {
+		case !f.wanted || was.id != w.id || restarted(was.endpoints, w.endpoints):
+			// New, back, taken over or restarted: anything known about the
+			// service is obsolete.
+			f.said = f.said && was.id == w.id
+			f.wanted, f.moaned = true, false
+			s.renew(f, now)
+			if f.stage.open() {
 				s.opened(f)
 			}
+		case was.paused != w.paused || was.noProbe != w.noProbe:
+			s.reset(f)
+		case was.endpoints != w.endpoints || was.direct != w.direct:
+			s.lookAt(f, now)
 		}
-		if f.want != w {
-			if f.paused != w.paused {
-				s.renew(f)
-				f.probing, f.tries, f.due = false, 0, time.Time{}
-				if f.status == active || f.reason == reasonFrozen {
-					s.set(f, now, pending, reasonProbing)
-				}
-			}
-			f.want, s.changed = w, true
-		}
+		s.changed = s.changed || was != w
 	}
 	for k, f := range s.forwards {
 		if _, ok := wants[k]; !ok && f.wanted {
@@ -212,254 +430,139 @@ func (s *state) reconcile(now time.Time) {
 	}
 }
 
-// renew has results of probes under way ignored. Numbers are never used twice,
-// for a key may be forwarded again before the last probe of its past ends.
-func (s *state) renew(f *forward) {
-	s.seq++
-	f.seq = s.seq
-}
-
-// opened tells a person of a port that is open, once.
-func (s *state) opened(f *forward) {
-	if !f.said {
-		s.note(slog.LevelInfo, f, fmt.Sprintf("%s → %s", f.local, f.who()))
-	} else if f.moaned {
-		s.note(slog.LevelInfo, f, fmt.Sprintf("%s → %s, free again", f.local, f.who()))
-	}
-	f.said, f.moaned = true, false
-}
-
-// disconnected takes the loss of the connection: no forward is open any more,
-// and no list is believed until the next one.
-func (s *state) disconnected() {
-	s.ready = false
-	for k, f := range s.forwards {
-		f.open, f.busy, f.probing, f.tries, f.due = false, nothing, false, 0, time.Time{}
-		s.renew(f)
-		if !f.wanted {
-			delete(s.forwards, k)
-			s.changed = true
-		}
-	}
-	s.probes = 0
-	clear(s.died)
-}
-
-// desired.go: from the engine's list of containers to the forwards that should
-// exist, and to what is not forwarded and why. Pure.
-
-// container is what rdhpf keeps of a running container: decoded, validated and
-// safe to print.
-type container struct {
-	id      string // 12 characters
-	name    string
-	image   string
-	service string // of docker compose, "" without it
-	paused  bool
-	hostNet bool
-	ports   []port
-}
-
-// port is one row of the list's Ports, of those that are published.
-type port struct {
-	ip      netip.Addr // as published; the zero Addr where what the engine sent is none
-	private uint16
-	public  uint16
-	proto   string
-}
-
-// key is what makes a forward: where it listens here and where it leads there.
-type key struct {
-	local, remote netip.AddrPort
-}
-
-// want is one forward that should exist, and the container it belongs to.
-type want struct {
-	key
-	id, name, image, service string
-	private                  uint16
-	paused                   bool
-}
-
-// who names the container for a person.
-func (w want) who() string { return fmt.Sprintf("%s (%s)", w.name, w.id) }
-
-// skippedPort is a published port that is not forwarded. Port is 0 where the
-// reason concerns the whole container.
-type skippedPort struct {
-	ContainerID string `json:"container_id"`
-	Name        string `json:"container_name"`
-	Port        uint16 `json:"port"`
-	Protocol    string `json:"protocol"`
-	Reason      string `json:"reason"`
-}
-
-var (
-	loopback4 = netip.AddrFrom4([4]byte{127, 0, 0, 1})
-	loopback6 = netip.IPv6Loopback()
-)
-
-// desired returns the forwards that the listed containers call for. Where two
-// containers claim the same key, the one listed first has it: engines list the
-// newest first, and it takes over from one that is about to go.
-func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
-	wants := make(map[key]want)
-	skipped := []skippedPort{}
-	for _, c := range list {
-		skip := func(p port, reason string) {
-			skipped = append(skipped, skippedPort{c.id, c.name, p.public, p.proto, reason})
-		}
-		if c.hostNet {
-			skip(port{proto: "tcp"}, "host network: the container publishes no ports")
-		}
-		for _, p := range c.ports {
-			switch {
-			case p.proto != "tcp":
-				if !twin(c.ports, p) {
-					skip(p, "SSH carries TCP only")
-				}
-				continue
-			case !p.ip.IsValid():
-				skip(p, "published on what is no address")
-				continue
-			case twin(c.ports, p):
-				continue
-			}
-			remote := netip.AddrPortFrom(dialable(p.ip), p.public)
-			local, reason := cfg.local(p.public)
-			if reason != "" {
-				skip(p, reason)
-				continue
-			}
-			k := key{local, remote}
-			if _, taken := wants[k]; taken {
-				continue
-			}
-			wants[k] = want{k, c.id, c.name, c.image, c.service, p.private, c.paused}
-		}
-	}
-	sort.SliceStable(skipped, func(i, j int) bool { return skipped[i].Port < skipped[j].Port })
-	return wants, skipped
-}
-
-// twin reports whether p is the IPv6 half of a wildcard binding whose IPv4
-// half is listed too: engines list 0.0.0.0 and :: apart.
-func twin(ports []port, p port) bool {
-	if p.ip != netip.IPv6Unspecified() {
+// restarted reports whether a container was restarted between two lists: none of
+// its earlier endpoints is left.
+func restarted(before, now string) bool {
+	if before == "" || now == "" {
 		return false
 	}
-	p.ip = netip.IPv4Unspecified()
-	for _, q := range ports {
-		if q == p {
-			return true
-		}
-	}
-	return false
+	old := strings.Fields(before)
+	return !slices.ContainsFunc(strings.Fields(now), func(e string) bool { return slices.Contains(old, e) })
 }
 
-// dialable is the address on which the remote host reaches what is published
-// on ip.
-func dialable(ip netip.Addr) netip.Addr {
-	switch ip {
-	case netip.IPv4Unspecified():
-		return loopback4
-	case netip.IPv6Unspecified():
-		return loopback6
-	}
-	return ip
+// renew starts a forward over, because its container was started.
+func (s *state) renew(f *forward, now time.Time) {
+	f.created, f.updated, f.verified, s.changed = now, now, time.Time{}, true
+	s.reset(f)
 }
 
-// plan.go: what to do next, from what is wanted and what is known. Pure, a part
-// of the core in state.go.
+// reset discards a forward's progress, except for whether it is open.
+func (s *state) reset(f *forward) {
+	switch {
+	case !f.stage.open():
+		f.stage = shut
+	case f.noProbe:
+		f.stage = answering
+	default:
+		f.stage = unseen
+	}
+	f.fault, f.tries, f.due, f.probe, f.ask, f.moan = "", 0, time.Time{}, 0, false, false
+	f.seen, f.look, f.suspect = time.Time{}, time.Time{}, false
+}
 
-// plan says what to do now, closing before opening, and when to ask again at
-// the latest (the zero time: nothing waits).
+// plan returns the actions due now, closes before opens, and the latest time to
+// call it again (zero if nothing is waiting).
 func (s *state) plan(now time.Time) (acts []action, wake time.Time) {
 	all := s.sorted()
-	holds := make(map[netip.AddrPort]*forward, len(all))
-	for _, f := range all {
-		if f.open || f.busy != nothing {
-			holds[f.local] = f
-		}
-	}
-	for _, f := range all {
-		if f.wanted && holds[f.local] == nil {
-			holds[f.local] = f
-		}
-	}
+	holders := s.holders(all)
 	var opens []action
-	later := func(f *forward) bool {
-		if f.due.After(now) {
-			if wake.IsZero() || f.due.Before(wake) {
-				wake = f.due
-			}
-			return true
+	// ready reports whether f is due, and updates wake if it is not.
+	ready := func(f *forward) bool {
+		if f.due.After(now) && (wake.IsZero() || f.due.Before(wake)) {
+			wake = f.due
 		}
-		return false
+		return !f.due.After(now)
 	}
 	for _, f := range all {
-		switch {
-		case f.busy != nothing:
-		case f.open && (!f.wanted || s.paused):
-			f.busy = closePort
-			if f.wanted {
-				s.set(f, now, pending, reasonPaused)
-			}
-			f.probing, f.tries, f.due = false, 0, time.Time{}
-			s.renew(f)
-			acts = append(acts, action{verb: closePort, key: f.key})
-		case !f.wanted:
+		if f.stage.open() && (!f.wanted || s.paused) {
+			f.stage = shut
+			s.reset(f)
+			acts = append(acts, action{verb: closePort, want: f.want})
+		}
+		if !f.wanted {
 			delete(s.forwards, f.key)
 			s.changed = true
-		case s.paused:
-			s.set(f, now, pending, reasonPaused)
-		case !s.ready:
-			s.set(f, now, pending, reasonLost)
-		case holds[f.local] != f:
-			s.yield(f, holds[f.local], now)
-		case !f.open:
-			if !later(f) {
-				f.busy = openPort
-				opens = append(opens, action{verb: openPort, key: f.key})
+			continue
+		}
+		holder := holders[f.local]
+		s.judge(f, holder, now)
+		if f.ask {
+			f.ask = false
+			acts = append(acts, action{verb: findOwner, want: f.want})
+		}
+		switch {
+		case s.paused || holder != f:
+		case !f.stage.open():
+			if ready(f) {
+				opens = append(opens, action{verb: openPort, want: f.want, meter: f.meter})
 			}
-			if f.ask {
-				f.ask = false
-				acts = append(acts, action{verb: findOwner, key: f.key})
+		case s.probeable(f) && f.probe == 0 && (f.stage != answering || f.seen.Before(f.look)):
+			if s.probes < s.probeMax && ready(f) {
+				s.probe++
+				s.probes++
+				f.probe, f.began = s.probe, now
+				acts = append(acts, action{verb: probePort, want: f.want, probe: f.probe})
 			}
-		case f.want.paused:
-			s.set(f, now, pending, reasonFrozen)
-		case f.status == active || f.probing || s.probes >= s.probeMax:
-		case !later(f):
-			f.probing = true
-			s.renew(f)
-			s.probes++
-			acts = append(acts, action{verb: probePort, key: f.key, seq: f.seq})
 		}
 	}
 	return append(acts, opens...), wake
 }
 
-// yield marks f as the loser of a local port that another forward has.
-func (s *state) yield(f, winner *forward, now time.Time) {
-	if !winner.wanted {
-		return // it is closing, and f is next
-	}
-	s.set(f, now, conflict, fmt.Sprintf("%s is taken by %s, which publishes %s", f.local, winner.who(), winner.remote))
-	f.tries, f.due = 0, time.Time{}
-	s.moan(f)
+// probeable reports whether f is open and a probe of it can be useful.
+func (s *state) probeable(f *forward) bool {
+	return s.ready && f.stage.open() && !f.want.paused && (!f.noProbe || f.suspect)
 }
 
-// settled says whether nothing is being opened or closed.
-func (s *state) settled() bool {
-	for _, f := range s.forwards {
-		if f.busy != nothing {
-			return false
+// holders returns the forward that owns each local port: the open one, else the
+// first.
+func (s *state) holders(all []*forward) map[netip.AddrPort]*forward {
+	has := make(map[netip.AddrPort]*forward, len(all))
+	for _, f := range all {
+		if h := has[f.local]; f.wanted && (h == nil || !h.stage.open() && f.stage.open()) {
+			has[f.local] = f
 		}
 	}
-	return true
+	return has
 }
 
-// sorted returns the forwards in a stable order: the first attempted first.
+// judge updates the status and reason of f, given the forward that holds its
+// local port, and logs once why it is not open.
+func (s *state) judge(f, holder *forward, now time.Time) {
+	switch {
+	case s.paused:
+		s.set(f, now, pending, reasonPaused)
+	case holder != f:
+		s.set(f, now, conflict, fmt.Sprintf("%s is taken by %s, which publishes %s", f.local, holder.who(), holder.remote))
+		f.moan = true
+	case f.stage == taken:
+		s.set(f, now, conflict, f.fault)
+	case f.stage == failed:
+		s.set(f, now, pending, f.fault)
+	case !s.ready:
+		s.set(f, now, pending, reasonLost)
+	case f.want.paused:
+		s.set(f, now, pending, reasonFrozen)
+	case f.stage == answering:
+		s.set(f, now, active, "")
+	case f.stage == silent:
+		s.set(f, now, pending, reasonSilent)
+	case f.stage == forbidden:
+		s.set(f, now, pending, reasonRefused)
+	default:
+		s.set(f, now, pending, reasonProbing)
+	}
+	if f.moan && !f.moaned {
+		hint := ""
+		if f.stage == forbidden {
+			hint = " (see AllowTcpForwarding and PermitOpen in its sshd_config)"
+		}
+		s.note(slog.LevelWarn, f, fmt.Sprintf("%s %s for %s: %s%s", f.local, f.status, f.who(), f.reason, hint))
+		f.moaned = true
+	}
+	f.moan = false
+}
+
+// sorted returns the forwards in a stable order, oldest first.
 func (s *state) sorted() []*forward {
 	all := make([]*forward, 0, len(s.forwards))
 	for _, f := range s.forwards {
@@ -471,141 +574,169 @@ func (s *state) sorted() []*forward {
 	return all
 }
 
-// transition.go: how a forward's status follows from what was done to it. Pure,
-// a part of the core in state.go.
-
-// openDone takes the outcome of an openPort.
+// openDone handles the result of an openPort.
 func (s *state) openDone(now time.Time, k key, err error) {
 	f := s.forwards[k]
-	if f == nil || f.busy != openPort {
+	if f == nil || f.stage.open() {
 		return
 	}
-	f.busy = nothing
 	if err == nil {
-		f.open, f.tries, f.due = true, 0, time.Time{}
-		s.set(f, now, pending, reasonProbing)
-		if f.wanted {
-			s.opened(f)
-		}
+		f.stage = unseen
+		s.reset(f)
+		s.judge(f, f, now)
+		s.opened(f)
 		return
 	}
 	f.tries++
-	f.due = now.Add(backoff(f.tries))
+	f.due = now.Add(slowLook)
+	before := f.fault
+	f.stage, f.fault, f.moan = taken, "bind: "+err.Error(), true
 	var errno syscall.Errno
-	errors.As(err, &errno)
+	if errors.As(err, &errno) {
+		f.fault = "bind: " + errno.Error()
+	}
 	switch errno {
 	case syscall.EADDRINUSE:
+		f.moan = false // wait until the owner is known
 		if f.tries < bindAttempts {
-			s.set(f, now, conflict, "bind: "+errno.Error())
+			f.due = now.Add(backoff(f.tries))
 		} else {
-			f.due = now.Add(slowLook)
 			f.ask = (f.tries-bindAttempts)%holderEvery == 0
-			if f.tries == bindAttempts {
-				s.set(f, now, conflict, reasonGivenUp)
+			f.fault = reasonGivenUp
+			if strings.HasPrefix(before, reasonGivenUp) { // keep the owner's name
+				f.fault = before
 			}
 		}
 	case syscall.EACCES, syscall.EPERM:
-		f.due = now.Add(slowLook)
-		reason := "bind: " + errno.Error()
-		if f.local.Port() < 1024 {
-			reason += fmt.Sprintf(" (ports below 1024 need root: map it with -map %d=%d)", f.remote.Port(), 8000+f.local.Port())
+		if p := f.local.Port(); p < 1024 {
+			f.fault += fmt.Sprintf(" (ports below 1024 need root: map it with -map %d=%d)", f.remote.Port(), 8000+p)
 		}
-		s.set(f, now, conflict, reason)
-		s.moan(f)
 	case syscall.EADDRNOTAVAIL:
-		f.due = now.Add(slowLook)
-		s.set(f, now, conflict, "bind: "+errno.Error())
-		s.moan(f)
 	default:
-		s.set(f, now, pending, err.Error())
-		if f.tries == bindAttempts {
-			s.moan(f)
-		}
+		f.stage, f.fault, f.moan = failed, "cannot be opened: "+err.Error(), f.tries >= bindAttempts
+		f.due = now.Add(backoff(f.tries))
 	}
 }
 
-// moan tells a person why a port is not open, once.
-func (s *state) moan(f *forward) {
-	if !f.moaned && f.wanted {
-		s.note(slog.LevelWarn, f, fmt.Sprintf("%s %s for %s: %s", f.local, f.status, f.who(), f.reason))
-		f.moaned = true
-	}
-}
-
-// backoff is the wait after the n-th failure in a row: 100 ms doubling, 2 s at
-// the most.
+// backoff returns the wait after the n-th consecutive failure: 100 ms, doubling
+// up to 2 s.
 func backoff(n int) time.Duration {
-	return min(bindDelay<<min(n-1, 10), slowLook)
+	return min(bindDelay<<min(max(n, 1)-1, 10), slowLook)
 }
 
-// ownerFound takes who holds the port of a conflict: "nginx, pid 4242", or ""
-// where nobody can tell.
-func (s *state) ownerFound(now time.Time, k key, owner string) {
+// ownerFound handles the result of a findOwner: a description such as
+// "held by nginx, pid 4242", or "" if the owner is unknown.
+func (s *state) ownerFound(k key, owner string) {
 	f := s.forwards[k]
-	if f == nil || f.status != conflict || f.tries < bindAttempts {
+	if f == nil || f.stage != taken || f.tries < bindAttempts {
 		return
 	}
-	reason := reasonGivenUp
-	if owner != "" {
-		reason += " (held by " + owner + ")"
-	}
-	s.set(f, now, conflict, reason)
-	s.moan(f)
-}
-
-// closeDone takes the end of a closePort. That the master knew no such forward
-// is as good as closed.
-func (s *state) closeDone(k key) {
-	if f := s.forwards[k]; f != nil && f.busy == closePort {
-		f.busy, f.open = nothing, false
+	if f.moan = true; owner != "" { // keep an owner found earlier
+		f.fault = reasonGivenUp + " (" + owner + ")"
 	}
 }
 
-// probeResult is what a probe saw.
+// opened logs once that a port is open.
+func (s *state) opened(f *forward) {
+	if !f.said {
+		s.note(slog.LevelInfo, f, fmt.Sprintf("%s → %s", f.local, f.who()))
+	} else if f.moaned {
+		s.note(slog.LevelInfo, f, fmt.Sprintf("%s → %s, free again", f.local, f.who()))
+	}
+	f.said, f.moaned = true, false
+}
+
+// probeResult is the result of a probe.
 type probeResult uint8
 
 const (
-	probeAnswered probeResult = iota
-	probeSilent               // accepted, then closed at once
-	probeRefused              // the same, and the SSH server said that it forbids it
-	probeGone                 // nobody listens on the local port
+	probeUnknown   probeResult = iota // the link did not answer
+	probeAnswered                     // the service answers
+	probeSilent                       // the service does not answer
+	probeForbidden                    // the SSH server prohibits connecting
 )
 
-// probeDone takes the outcome of a probe.
-func (s *state) probeDone(now time.Time, k key, seq int, result probeResult) {
+// probeDone handles the result of a probe.
+func (s *state) probeDone(now time.Time, k key, probe int, result probeResult) {
 	s.probes = max(0, s.probes-1)
 	f := s.forwards[k]
-	if f == nil || f.seq != seq || !f.probing {
+	if f == nil || f.probe != probe || probe == 0 {
 		return
 	}
-	f.probing = false
+	f.probe = 0
 	f.tries++
+	wished := f.due // set by lookAt if a newer observation is wanted
 	f.due = now.Add(backoff(f.tries))
+	if result == probeUnknown || f.seen.After(f.began) { // a carried connection has newer evidence
+		return
+	}
+	f.seen = f.began
+	f.suspect = f.suspect && f.seen.Before(f.look)
 	switch result {
 	case probeAnswered:
-		f.tries = 0
-		s.set(f, now, active, "")
+		f.stage, f.tries, f.due, f.verified = answering, 0, time.Time{}, now
 	case probeSilent:
-		s.set(f, now, pending, reasonSilent)
-	case probeRefused:
-		if f.reason != reasonRefused {
-			s.set(f, now, pending, reasonRefused)
-			s.note(slog.LevelWarn, f, fmt.Sprintf("%s %s for %s: %s (see AllowTcpForwarding and PermitOpen in its sshd_config)",
-				f.local, f.status, f.who(), f.reason))
-		}
-	case probeGone:
-		f.open = false
-		s.set(f, now, pending, reasonSilent)
+		f.stage = silent
+	case probeForbidden:
+		f.moan = f.stage != forbidden
+		f.stage = forbidden
+	}
+	if f.seen.Before(f.look) {
+		f.due = wished
 	}
 }
 
-// snapshot.go: what is known at one moment, as others are shown it: the JSON of
-// the state file, of the socket and of `rdhpf status -json`. The names of its
-// fields are an interface: they may be added to, never changed.
+// answered handles data from the service on a carried connection.
+func (s *state) answered(now time.Time, k key) {
+	if f := s.forwards[k]; s.ready && f != nil && f.stage.open() { // otherwise it came through a lost link
+		f.stage, f.tries, f.due = answering, 0, time.Time{}
+		f.seen, f.verified, f.suspect = now, now, false
+	}
+}
+
+// suspected handles a carried connection that found no service: it could not be
+// opened, or the remote end closed it at once without sending a byte. That proves
+// nothing, so the forward is probed. This includes noProbe forwards: a service
+// that accepts a single connection has just had it.
+func (s *state) suspected(now time.Time, k key) {
+	if f := s.forwards[k]; f != nil && f.stage == answering {
+		f.suspect = true
+		f.look, f.due = now, f.began.Add(bindDelay) // a flood of clients must not cause a flood of probes
+	}
+}
+
+// lookAt requests an observation of f at since or later.
+func (s *state) lookAt(f *forward, since time.Time) {
+	if f.due = (time.Time{}); since.After(f.look) {
+		f.look = since
+	}
+}
+
+// lookAgain requests a probe of every forward last seen before since. If id is not
+// empty, it considers only that container.
+func (s *state) lookAgain(since time.Time, id string) {
+	for _, f := range s.forwards {
+		if s.probeable(f) && f.seen.Before(since) && (id == "" || f.id == id) {
+			s.lookAt(f, since)
+		}
+	}
+}
+
+// unlooked returns the open forwards that have not been seen since the given time
+// but can be probed.
+func (s *state) unlooked(since time.Time) (fs []*forward) {
+	for _, f := range s.forwards {
+		if s.probeable(f) && f.seen.Before(since) {
+			fs = append(fs, f)
+		}
+	}
+	return fs
+}
 
 const stateVersion = "1.0"
 
-// snapshot is immutable once posted. Times are UTC.
+// snapshot is the state shown to clients. It is immutable once posted. Times are
+// UTC.
 type snapshot struct {
 	Version     string        `json:"version"`
 	Host        string        `json:"host"`
@@ -616,12 +747,12 @@ type snapshot struct {
 	Engine      string        `json:"engine"`        // "Docker/20.10.24 (linux)"
 	LastEventAt *time.Time    `json:"last_event_at"` // null before the first event
 	Paused      bool          `json:"paused"`
-	Warnings    []string      `json:"warnings"` // what else is wrong with the instance
+	Warnings    []string      `json:"warnings"` // other problems of the instance
 	Forwards    []forwardInfo `json:"forwards"`
 	Skipped     []skippedPort `json:"skipped"`
 }
 
-// connection is that to the remote host.
+// connection is the state of the connection to the remote host.
 type connection struct {
 	State      string    `json:"state"` // connecting, connected, reconnecting
 	Since      time.Time `json:"since"`
@@ -635,14 +766,14 @@ const (
 	reconnecting = "reconnecting"
 )
 
-// forwardInfo is one forward.
+// forwardInfo is one forward in a snapshot.
 type forwardInfo struct {
 	ContainerID   string    `json:"container_id"`
 	LocalPort     uint16    `json:"local_port"`
 	RemotePort    uint16    `json:"remote_port"`
 	Status        string    `json:"status"`
 	Reason        string    `json:"reason"`
-	CreatedAt     time.Time `json:"created_at"` // when it was first attempted
+	CreatedAt     time.Time `json:"created_at"` // when opening was first attempted
 	UpdatedAt     time.Time `json:"updated_at"` // of the last change of status or reason
 	LocalAddress  string    `json:"local_address"`
 	RemoteAddress string    `json:"remote_address"`
@@ -651,18 +782,18 @@ type forwardInfo struct {
 	Image         string    `json:"image"`
 	Service       string    `json:"service"`
 
-	VerifiedAt      *time.Time `json:"verified_at"` // when something last answered behind the port, null: never
-	Connections     int64      `json:"connections"` // carried so far
+	VerifiedAt      *time.Time `json:"verified_at"` // when the service last answered; null if never
+	Connections     int64      `json:"connections"` // total carried
 	OpenConnections int64      `json:"open_connections"`
 	BytesIn         int64      `json:"bytes_in"`     // from the remote host
-	BytesOut        int64      `json:"bytes_out"`    // to it
-	LastUsedAt      *time.Time `json:"last_used_at"` // when a connection last moved a byte, or came; null: never
+	BytesOut        int64      `json:"bytes_out"`    // to the remote host
+	LastUsedAt      *time.Time `json:"last_used_at"` // last connection or byte; null if never
 }
 
-// utc makes t fit to be written: no monotonic clock, no zone.
+// utc strips the monotonic clock reading and the time zone from t.
 func utc(t time.Time) time.Time { return t.Round(0).UTC() }
 
-// show fills in what the core knows.
+// show fills in the core's part of a snapshot.
 func (s *state) show(snap *snapshot) {
 	snap.Paused, snap.Skipped = s.paused, s.skipped
 	snap.Forwards = make([]forwardInfo, 0, len(s.forwards))
@@ -670,25 +801,36 @@ func (s *state) show(snap *snapshot) {
 		if !f.wanted {
 			continue
 		}
-		snap.Forwards = append(snap.Forwards, forwardInfo{
+		info := forwardInfo{
 			ContainerID: f.id, LocalPort: f.local.Port(), RemotePort: f.remote.Port(),
 			Status: f.status, Reason: f.reason, CreatedAt: utc(f.created), UpdatedAt: utc(f.updated),
 			LocalAddress: f.local.Addr().String(), RemoteAddress: f.remote.Addr().String(),
 			ContainerName: f.name, ContainerPort: f.private, Image: f.image, Service: f.service,
-		})
+			Connections: f.meter.connections.Load(), OpenConnections: f.meter.open.Load(),
+			BytesIn: f.meter.in.Load(), BytesOut: f.meter.out.Load(),
+		}
+		if !f.verified.IsZero() {
+			at := utc(f.verified)
+			info.VerifiedAt = &at
+		}
+		if used := f.meter.used.Load(); used != 0 {
+			at := utc(time.Unix(0, used))
+			info.LastUsedAt = &at
+		}
+		snap.Forwards = append(snap.Forwards, info)
 	}
 }
 
-// local is the local end as a person writes it.
-func (f *forwardInfo) local() string {
-	if f.LocalAddress == "127.0.0.1" { // by far the most
-		return "127.0.0.1:" + strconv.Itoa(int(f.LocalPort))
+// local returns the local address for display.
+func (fi *forwardInfo) local() string {
+	if fi.LocalAddress == "127.0.0.1" { // the common case
+		return "127.0.0.1:" + strconv.Itoa(int(fi.LocalPort))
 	}
-	return netip.AddrPortFrom(addrOf(f.LocalAddress), f.LocalPort).String()
+	return netip.AddrPortFrom(addrOf(fi.LocalAddress), fi.LocalPort).String()
 }
 
-// addrOf parses an address that rdhpf wrote; in a file that somebody else did,
-// what is none becomes 127.0.0.1.
+// addrOf parses an address written by rdhpf. An invalid one, from a file written
+// by something else, becomes 127.0.0.1.
 func addrOf(s string) netip.Addr {
 	if a, err := netip.ParseAddr(s); err == nil {
 		return a
@@ -696,7 +838,7 @@ func addrOf(s string) netip.Addr {
 	return loopback4
 }
 
-// health is the answer to whether all is well.
+// health is the result of a health check.
 type health struct {
 	Status      string         `json:"status"` // ok, degraded, down
 	Reasons     []string       `json:"reasons"`
@@ -708,7 +850,7 @@ type health struct {
 	Traffic     traffic        `json:"traffic"`
 }
 
-// traffic is what all forwards carried together.
+// traffic is the total traffic of all forwards.
 type traffic struct {
 	Connections     int64 `json:"connections"`
 	OpenConnections int64 `json:"open_connections"`
@@ -716,19 +858,19 @@ type traffic struct {
 	BytesOut        int64 `json:"bytes_out"`
 }
 
-// health judges: down without a connection, degraded where anything published
-// does not answer for another reason than that it was just opened.
-func (snap *snapshot) health(now time.Time) health {
+// health returns the overall health: down without a connection, degraded if there
+// is any reason. doubts are additional reasons.
+func (snap *snapshot) health(now time.Time, doubts ...string) health {
 	h := health{Status: "ok", Reasons: []string{}, Counts: map[string]int{active: 0, conflict: 0, pending: 0},
 		Uptime: max(0, int64(now.Sub(snap.StartedAt).Seconds())), Connection: snap.Connection, Engine: snap.Engine, LastEventAt: snap.LastEventAt}
-	h.Reasons = append(h.Reasons, snap.Warnings...)
+	h.Reasons = append(append(h.Reasons, snap.Warnings...), doubts...)
 	for _, f := range snap.Forwards {
 		h.Counts[f.Status]++
 		h.Traffic.Connections += f.Connections
 		h.Traffic.OpenConnections += f.OpenConnections
 		h.Traffic.BytesIn += f.BytesIn
 		h.Traffic.BytesOut += f.BytesOut
-		if f.Status != active && f.Reason != reasonProbing && f.Reason != reasonLost && f.Reason != reasonPaused {
+		if f.Status != active && f.Reason != reasonLost && f.Reason != reasonPaused {
 			h.Reasons = append(h.Reasons, fmt.Sprintf("%s %s: %s", f.local(), f.Status, f.Reason))
 		}
 	}
@@ -748,15 +890,15 @@ func (snap *snapshot) health(now time.Time) health {
 	return h
 }
 
-// at is the snapshot as it is sent or written at now.
+// at returns a copy of the snapshot, updated at now.
 func (snap *snapshot) at(now time.Time) *snapshot {
 	c := *snap
 	c.UpdatedAt = utc(now)
 	return &c
 }
 
-// clean makes a snapshot that came from elsewhere safe to print, its lists never
-// nil.
+// clean makes a snapshot from an untrusted source safe to print and its lists
+// non-nil.
 func (snap *snapshot) clean() {
 	for _, s := range []*string{&snap.Version, &snap.Host, &snap.Engine, &snap.Connection.State, &snap.Connection.LastError} {
 		*s = printable(*s, 1000)

@@ -10,7 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync"
@@ -30,7 +30,7 @@ import (
 func stateBody(t *testing.T, snap *snapshot) []byte {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "x.state.json")
-	if err := writeState(path, encodeState(snap)); err != nil {
+	if err := writeState(path, snap); err != nil {
 		t.Fatal(err)
 	}
 	body, err := os.ReadFile(path)
@@ -59,15 +59,15 @@ func TestDecodeState(t *testing.T) {
 			"created_at": "2025-11-27T15:01:23Z", "updated_at": "2025-11-27T15:01:24Z"}]}`, "", ""},
 		{"unknown fields", `{"version": "1.0", ` + fine + `, "new": {"a": [1]}, "forwards": [{"local_port": 1, "newer": null}]}`, "", ""},
 		{"null lists", `{"version": "1.0", ` + fine + `, "forwards": null, "skipped": null, "warnings": null}`, "", ""},
-		{"no version", `{` + fine + `}`, "State file has no version; what it says may be misread.", ""},
-		{"other version", `{"version": "2.0", ` + fine + `}`, `State file has version "2.0" and this rdhpf knows "1.0"; what it says may be misread.`, ""},
-		{"hostile version", `{"version": "9\u001b[31m\n", ` + fine + `}`, `State file has version "9[31m " and this rdhpf`, ""},
+		{"no version", `{` + fine + `}`, "State file has no version; it may be misread.", ""},
+		{"other version", `{"version": "2.0", ` + fine + `}`, `State file has version "2.0", but this rdhpf knows only "1.0"; it may be misread.`, ""},
+		{"hostile version", `{"version": "9\u001b[31m\n", ` + fine + `}`, `State file has version "9[31m ", but this rdhpf`, ""},
 		{"version that is no text", `{"version": 1, ` + fine + `}`, "", "version"},
-		{"empty", ``, "", "torn or no state file"},
-		{"space", " \n", "", "torn or no state file"},
-		{"array", `[]`, "", "torn or no state file"},
-		{"text", `"x"`, "", "torn or no state file"},
-		{"number", `1`, "", "torn or no state file"},
+		{"empty", ``, "", "incomplete or not a state file"},
+		{"space", " \n", "", "incomplete or not a state file"},
+		{"array", `[]`, "", "incomplete or not a state file"},
+		{"text", `"x"`, "", "incomplete or not a state file"},
+		{"number", `1`, "", "incomplete or not a state file"},
 		{"null", `null`, "", "host or updated_at is missing"},
 		{"empty object", `{}`, "", "host or updated_at is missing"},
 		{"foreign object", `{"auths": {}}`, "", "host or updated_at is missing"},
@@ -75,14 +75,14 @@ func TestDecodeState(t *testing.T) {
 		{"host of nothing printable", `{"host": "\u001b\u200b", "updated_at": "2025-11-27T15:30:45Z"}`, "", "host or updated_at is missing"},
 		{"no host", `{"updated_at": "2025-11-27T15:30:45Z"}`, "", "host or updated_at is missing"},
 		{"no updated_at", `{"host": "ssh://h"}`, "", "host or updated_at is missing"},
-		{"updated_at that is no time", `{"host": "ssh://h", "updated_at": "yesterday"}`, "", "torn or no state file"},
-		{"updated_at of the year 10000", `{"host": "ssh://h", "updated_at": "10000-01-01T00:00:00Z"}`, "", "torn or no state file"},
+		{"updated_at that is no time", `{"host": "ssh://h", "updated_at": "yesterday"}`, "", "incomplete or not a state file"},
+		{"updated_at of the year 10000", `{"host": "ssh://h", "updated_at": "10000-01-01T00:00:00Z"}`, "", "incomplete or not a state file"},
 		{"port out of range", `{"version": "1.0", ` + fine + `, "forwards": [{"local_port": 70000}]}`, "", "local_port"},
 		{"port below 0", `{"version": "1.0", ` + fine + `, "forwards": [{"local_port": -1}]}`, "", "local_port"},
 		{"forwards that are none", `{"version": "1.0", ` + fine + `, "forwards": {}}`, "", "forwards"},
 		{"two", `{"version": "1.0", ` + fine + `}{}`, "", "after top-level value"},
-		{"binary", "\x00\xff\x1b[31m", "", "torn or no state file"},
-		{"deep", strings.Repeat("[", 100000), "", "torn or no state file"},
+		{"binary", "\x00\xff\x1b[31m", "", "incomplete or not a state file"},
+		{"deep", strings.Repeat("[", 100000), "", "incomplete or not a state file"},
 	} {
 		snap, warning, err := decodeState([]byte(c.in))
 		if c.failure != "" {
@@ -157,15 +157,15 @@ func TestReadState(t *testing.T) {
 	}{
 		{"good", func(p string) error { return os.WriteFile(p, body, 0o600) }, ""},
 		{"empty", func(p string) error { return os.WriteFile(p, nil, 0o600) }, "it is empty"},
-		{"foreign", func(p string) error { return os.WriteFile(p, []byte("[]"), 0o600) }, "no state file"},
+		{"foreign", func(p string) error { return os.WriteFile(p, []byte("[]"), 0o600) }, "not a state file"},
 		{"symlink", func(p string) error {
 			if err := os.WriteFile(p+".target", body, 0o600); err != nil {
 				return err
 			}
 			return os.Symlink(p+".target", p)
 		}, "symbolic links"},
-		{"directory", func(p string) error { return os.Mkdir(p, 0o700) }, "no regular file of yours"},
-		{"fifo", func(p string) error { return unix.Mkfifo(p, 0o600) }, "no regular file of yours"},
+		{"directory", func(p string) error { return os.Mkdir(p, 0o700) }, "not a regular file that belongs to you"},
+		{"fifo", func(p string) error { return unix.Mkfifo(p, 0o600) }, "not a regular file that belongs to you"},
 		{"too long", func(p string) error {
 			if err := os.WriteFile(p, body, 0o600); err != nil {
 				return err
@@ -180,7 +180,7 @@ func TestReadState(t *testing.T) {
 				return err
 			}
 			return os.Chown(p, 12345, 12345)
-		}, "no regular file of yours"},
+		}, "not a regular file that belongs to you"},
 		{"unreadable", func(p string) error {
 			if os.Geteuid() == 0 {
 				return errors.ErrUnsupported
@@ -251,8 +251,8 @@ func TestAge(t *testing.T) {
 }
 
 // What rdhpf status says of a state file's age, in the seed's words.
-func TestFromFile(t *testing.T) {
-	const ended = "No rdhpf is running for this host: process 12345 has ended, this is what it wrote last."
+func TestReadReport(t *testing.T) {
+	const ended = "No rdhpf is running for this host: process 12345 has ended; this is what it wrote last."
 	h := host{user: "user", name: "host"}
 	for _, c := range []struct {
 		name     string
@@ -262,12 +262,12 @@ func TestFromFile(t *testing.T) {
 		warnings []string
 	}{
 		{"fresh", 2 * time.Second, true, false, nil},
-		{"45 s", 45 * time.Second, true, true, []string{"State file is 45s old. rdhpf may not be running."}},
-		{"days", 53 * time.Hour, true, true, []string{"State file is 2d5h old. rdhpf may not be running."}},
-		{"future", -time.Hour, true, true, []string{"State file is from the future. rdhpf may not be running."}},
+		{"old, of a live one", 45 * time.Second, true, true, nil},
+		{"45 s", 45 * time.Second, false, true, []string{"State file is 45s old. rdhpf may not be running.", ended}},
+		{"days", 53 * time.Hour, false, true, []string{"State file is 2d5h old. rdhpf may not be running.", ended}},
+		{"future", -time.Hour, false, true, []string{"State file is from the future. rdhpf may not be running.", ended}},
 		{"fresh, of a dead one", time.Second, false, true, []string{ended}},
-		{"old, of a dead one", 45 * time.Second, false, true, []string{"State file is 45s old. rdhpf may not be running.", ended}},
-		{"absurd", 0, true, true, []string{"State file is 106751d23h old. rdhpf may not be running."}},
+		{"absurd", 0, false, true, []string{"State file is 106751d23h old. rdhpf may not be running.", ended}},
 	} {
 		path := pathsFor(t.TempDir(), h.String()).state
 		snap := tableSnapshot()
@@ -275,13 +275,12 @@ func TestFromFile(t *testing.T) {
 		if c.name == "absurd" {
 			snap.UpdatedAt = time.Date(2, 1, 1, 0, 0, 0, 0, time.UTC)
 		}
-		if err := writeState(path, encodeState(snap)); err != nil {
+		if err := writeState(path, snap); err != nil {
 			t.Fatal(err)
 		}
-		r := &report{Running: c.running}
-		got, err := r.fromFile(path, tableNow)
-		if err != nil || got == nil {
-			t.Errorf("%s: %v, %v", c.name, got, err)
+		r, err := readReport(path, c.running, tableNow)
+		if err != nil || r == nil {
+			t.Fatalf("%s: %v, %v", c.name, r, err)
 		}
 		if strings.Join(r.warnings, "\n") != strings.Join(c.warnings, "\n") || r.Stale != c.stale {
 			t.Errorf("%s: stale %v, %q; want %v, %q", c.name, r.Stale, r.warnings, c.stale, c.warnings)
@@ -308,7 +307,7 @@ func FuzzStateFile(f *testing.F) {
 		r := &report{snapshot: snap, Source: "file"}
 		var b bytes.Buffer
 		fmt.Fprintln(&b, warning)
-		printTable(&b, r, tableNow, tableStyle{wide: true})
+		b.WriteString(table(r, tableNow, tableStyle{wide: true}))
 		h := snap.health(tableNow)
 		printHealth(&b, &h, tableNow)
 		for _, c := range b.String() {
@@ -337,7 +336,7 @@ func numbered(n int) *snapshot {
 func numberOf(snap *snapshot) (int, error) {
 	n := snap.PID
 	want := numbered(n)
-	if snap.Engine != want.Engine || !slices.Equal(snap.Forwards, want.Forwards) {
+	if snap.Engine != want.Engine || !reflect.DeepEqual(snap.Forwards, want.Forwards) {
 		return 0, fmt.Errorf("it is no state that was ever posted: %s", mustJSON(snap))
 	}
 	return n, nil
@@ -520,7 +519,7 @@ func TestStateFileReaders(t *testing.T) {
 	})
 	t.Run("written without a pause", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "x.state.json")
-		if err := writeState(path, encodeState(numbered(1))); err != nil {
+		if err := writeState(path, numbered(1)); err != nil {
 			t.Fatal(err)
 		}
 		end := make(chan struct{})
@@ -533,7 +532,7 @@ func TestStateFileReaders(t *testing.T) {
 				case <-end:
 					return
 				default:
-					if err := writeState(path, encodeState(numbered(n))); err != nil {
+					if err := writeState(path, numbered(n)); err != nil {
 						t.Error(err)
 						return
 					}

@@ -1,19 +1,21 @@
 package main
 
+// `rdhpf status`: what is known about an instance from its socket, else from its state file, else from lsof; and how
+// that is shown: as a table, as JSON, at each change (-watch), or once the ports are active (-wait).
+
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"io/fs"
-	"net/netip"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -23,39 +25,157 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// status.go: what is known about the instance for a host, from wherever it can
-// be known: its socket, else its state file, else lsof.
+const (
+	pollEvery    = 100 * time.Millisecond // how often to look where no socket tells of changes
+	slowPoll     = 2 * time.Second        // how often at the least, where an instance cuts its subscribers off
+	steadyFor    = time.Minute            // a subscription that lasted this long was not cut off for lack of room
+	stillOpen    = 300 * time.Millisecond // a connection that stays open this long has something behind it
+	noInstance   = "No running instance found. Start one with: rdhpf run -host ssh://user@host"
+	hostDefaults = "remote Docker `host` (default: the one docker uses, else every instance)"
+)
 
 // report is what `rdhpf status -json` prints: a snapshot, and how far to trust it.
 type report struct {
 	*snapshot
 	Source  string `json:"source"`  // socket, file or lsof
-	Running bool   `json:"running"` // a live instance has the lock
-	Stale   bool   `json:"stale"`   // what is shown may no longer be so
+	Running bool   `json:"running"` // a live instance holds the lock
+	Stale   bool   `json:"stale"`   // what is shown may no longer be true
 
 	warnings []string // for a person
 }
 
-// errNotRunning says that there is no live instance.
+// errNotRunning says that there is no live instance; its text may be empty.
 type errNotRunning struct{ text string }
 
-func (e *errNotRunning) Error() string { return e.text }
+func (err *errNotRunning) Error() string { return err.text }
 
-// errMute says that there is a live instance of which nothing more is known.
+// errMute says that there is a live instance of which nothing else is known.
 type errMute struct{ error }
 
 func notFound(host string) error {
 	return &errNotRunning{fmt.Sprintf("No running instance found for %s. Start one with: rdhpf run -host %s", host, host)}
 }
 
-// inspect finds out about the instance whose files are at p. Without a host the
-// files tell it, and nothing is asked of lsof.
+// statusFlags are the flags of status, checked.
+type statusFlags struct {
+	host  string
+	watch bool
+	wait  time.Duration // 0: it does not wait
+	ports []uint16      // to wait for; none: all
+	out   printer
+}
+
+func parseStatusFlags(args []string) (s statusFlags, err error) {
+	f := flag.NewFlagSet("status", flag.ContinueOnError)
+	f.StringVar(&s.host, "host", "", hostDefaults)
+	f.BoolVar(&s.out.asJSON, "json", false, "print one JSON object per instance")
+	f.BoolVar(&s.out.style.wide, "wide", false, "also show names, images, services, container ports and traffic")
+	f.BoolVar(&s.watch, "watch", false, "print again at each change")
+	f.DurationVar(&s.wait, "wait", 0, "wait up to this `time` until the ports given as arguments, or all ports, are active")
+	if err := parseFlagsAndArgs(f, args); err != nil {
+		return s, err
+	}
+	for _, arg := range f.Args() {
+		port, err := parsePort(arg)
+		if err != nil {
+			return s, usageError{err}
+		}
+		s.ports = append(s.ports, port)
+	}
+	switch {
+	case s.wait < 0:
+		err = errors.New("-wait wants a positive time, like 30s")
+	case len(s.ports) > 0 && s.wait == 0:
+		err = errors.New("ports can only be given with -wait: rdhpf status -wait 30s 8080")
+	case s.wait != 0 && s.watch:
+		err = errors.New("-wait and -watch exclude each other")
+	}
+	if err != nil {
+		return s, usageError{err}
+	}
+	s.out.w = os.Stdout
+	s.out.style.colour = isTerminal(os.Stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+	return s, nil
+}
+
+func statusCommand(args []string) error {
+	s, err := parseStatusFlags(args)
+	if err != nil {
+		return err
+	}
+	t, err := findTarget(s.host)
+	if err != nil {
+		return err
+	}
+	ctx := context.Background()
+	if s.wait != 0 || s.watch {
+		p, err := t.one(ctx, s.wait != 0)
+		if err != nil {
+			return err
+		}
+		if s.wait != 0 {
+			return waitFor(ctx, p, t.host, s.wait, s.ports, s.out)
+		}
+		return watchStatus(p, t.host, s.out)
+	}
+	if t.host == nil {
+		return statusOfAll(ctx, t.dir, s.out)
+	}
+	r, err := inspect(ctx, pathsFor(t.dir, t.host.String()), t.host)
+	if err != nil {
+		return err
+	}
+	return s.out.report(r)
+}
+
+// statusOfAll prints what is known about every instance.
+func statusOfAll(ctx context.Context, dir string, out printer) error {
+	all, err := instances(dir)
+	if err != nil {
+		return err
+	}
+	shown, anyRuns, unhealthy := 0, false, false
+	for _, p := range all {
+		r, err := inspect(ctx, p, nil)
+		if err != nil {
+			fmt.Fprintf(os.Stderr, "Warning: %v\n", err)
+			unhealthy = unhealthy || errors.As(err, new(errMute))
+		}
+		if r == nil {
+			continue
+		}
+		if !out.asJSON {
+			if shown > 0 {
+				fmt.Fprintln(out.w)
+			}
+			fmt.Fprintln(out.w, r.Host)
+		}
+		if err := out.report(r); err != nil && !isVerdict(err) {
+			return err
+		}
+		shown++
+		anyRuns = anyRuns || r.Running
+		unhealthy = unhealthy || r.Running && r.Stale
+	}
+	switch {
+	case unhealthy:
+		return errUnhealthy
+	case anyRuns:
+		return nil
+	case shown > 0:
+		return &errNotRunning{}
+	}
+	return &errNotRunning{noInstance}
+}
+
+// inspect finds out about the instance whose files are at p. Without a host the files tell which one it is, and lsof
+// is not asked.
 func inspect(ctx context.Context, p paths, h *host) (*report, error) {
 	if err := checkDir(p.dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	snap := &snapshot{}
-	asked := call(p.socket, "status", snap)
+	asked := callContext(ctx, p.socket, "status", snap)
 	if asked == nil {
 		snap.clean()
 		return &report{snapshot: snap, Source: "socket", Running: true}, nil
@@ -64,46 +184,28 @@ func inspect(ctx context.Context, p paths, h *host) (*report, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &report{Source: "file", Running: held}
-	var unread error
-	r.snapshot, unread = r.fromFile(p.state, time.Now())
-	if r.snapshot != nil {
-		if held && pid > 0 && pid != r.PID {
-			r.Stale = true
-			r.warnings = append(r.warnings, fmt.Sprintf("State file is of process %d, and process %d runs now.", r.PID, pid))
+	r, err := readReport(p.state, held, time.Now())
+	switch {
+	case r == nil && held:
+		mute := unanswered(pid, asked)
+		if err != nil {
+			mute = fmt.Errorf("%w; %w", mute, err)
 		}
-		return r, nil
-	}
-	if held && unread != nil {
-		return nil, errMute{fmt.Errorf("rdhpf (pid %d) is running and does not answer: %w; %w", pid, asked, unread)}
-	} else if held {
-		return nil, errMute{fmt.Errorf("rdhpf (pid %d) is running and does not answer: %w", pid, asked)}
-	}
-	if h != nil {
-		if found := seenByLsof(ctx, *h); len(found) > 0 {
-			now := utc(time.Now())
-			return &report{Source: "lsof", Stale: true, snapshot: &snapshot{Version: stateVersion, Host: h.String(), UpdatedAt: now,
-				Connection: connection{State: "unknown"}, Warnings: []string{}, Forwards: found, Skipped: []skippedPort{}},
-				warnings: append(warned(unread), "No rdhpf is running; these ports are those on which an ssh to that host listens.")}, nil
+		return nil, errMute{mute}
+	case r == nil:
+		return withoutFiles(ctx, h, err)
+	case held && (r.Stale || errors.Is(asked, errSilent) || pid > 0 && pid != r.PID):
+		r.Stale = true
+		r.warnings = append(r.warnings, fmt.Sprintf("rdhpf (pid %d) is running but does not answer; this is what it wrote last.", pid))
+		if pid > 0 && pid != r.PID {
+			r.warnings[len(r.warnings)-1] = fmt.Sprintf("rdhpf (pid %d) is running but does not answer; this is what process %d wrote last.", pid, r.PID)
 		}
-		if unread == nil {
-			return nil, notFound(h.String())
-		}
-		return nil, &errNotRunning{fmt.Sprintf("%v. %v", unread, notFound(h.String()))}
 	}
-	return nil, unread
+	return r, nil
 }
 
-func warned(err error) []string {
-	if err == nil {
-		return nil
-	}
-	return []string{err.Error()}
-}
-
-// fromFile reads the state file, and says in r how far it can be trusted. It
-// returns neither a snapshot nor an error where there is none.
-func (r *report) fromFile(path string, now time.Time) (*snapshot, error) {
+// readReport makes a report of the state file; nil without an error if there is none.
+func readReport(path string, running bool, now time.Time) (*report, error) {
 	snap, warning, err := readState(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -113,45 +215,65 @@ func (r *report) fromFile(path string, now time.Time) (*snapshot, error) {
 	if pathsFor(filepath.Dir(path), snap.Host).state != path {
 		return nil, fmt.Errorf("state file %s is of another host, %s", path, snap.Host)
 	}
+	r := &report{snapshot: snap, Source: "file", Running: running}
 	if warning != "" {
 		r.warnings = append(r.warnings, warning)
 	}
 	old, fresh := age(snap.UpdatedAt, now)
 	switch {
-	case fresh:
+	case fresh, running: // if it is not fresh, inspect says what that means
 	case old < 0:
 		r.warnings = append(r.warnings, "State file is from the future. rdhpf may not be running.")
 	default:
 		r.warnings = append(r.warnings, fmt.Sprintf("State file is %s old. rdhpf may not be running.", ageText(old)))
 	}
-	if !r.Running {
-		r.warnings = append(r.warnings, fmt.Sprintf("No rdhpf is running for this host: process %d has ended, this is what it wrote last.", snap.PID))
+	if !running {
+		r.warnings = append(r.warnings, fmt.Sprintf("No rdhpf is running for this host: process %d has ended; this is what it wrote last.", snap.PID))
 	}
-	r.Stale = !fresh || !r.Running
-	return snap, nil
+	r.Stale = !fresh || !running
+	return r, nil
 }
 
-// seenByLsof lists the loopback ports on which an ssh to the host listens. Of the
-// containers behind them nothing is known.
+// withoutFiles asks lsof, where neither the socket nor the state file tells anything. unread is what is wrong with the
+// file, if there is one.
+func withoutFiles(ctx context.Context, h *host, unread error) (*report, error) {
+	if h == nil {
+		return nil, unread
+	}
+	found := seenByLsof(ctx, *h)
+	if len(found) == 0 {
+		if unread == nil {
+			return nil, notFound(h.String())
+		}
+		return nil, &errNotRunning{fmt.Sprintf("%v. %v", unread, notFound(h.String()))}
+	}
+	r := &report{Source: "lsof", Stale: true, snapshot: &snapshot{Version: stateVersion, Host: h.String(), UpdatedAt: utc(time.Now()),
+		Connection: connection{State: "unknown"}, Warnings: []string{}, Forwards: found, Skipped: []skippedPort{}}}
+	if unread != nil {
+		r.warnings = append(r.warnings, unread.Error())
+	}
+	r.warnings = append(r.warnings, "No instance was found; these are the ports on which an rdhpf or an ssh for that host listens.")
+	return r, nil
+}
+
+// seenByLsof lists the loopback ports on which an rdhpf for the host listens, or an ssh to it, which earlier versions
+// had listen. Nothing is known of the containers behind them.
 func seenByLsof(ctx context.Context, h host) []forwardInfo {
-	ctx, cancel := context.WithTimeout(ctx, lsofTimeout)
-	defer cancel()
-	all, _ := listeners(ctx)
-	args := make(map[int][]string)
+	sockets, _ := tcpSockets(ctx)
+	isFor := make(map[int]bool)
 	var found []forwardInfo
-	for _, l := range all {
-		if l.command != "ssh" || !l.addr.Addr().IsLoopback() {
+	for _, s := range sockets {
+		if s.connected || !s.addr.Addr().IsLoopback() || s.command != "ssh" && s.command != "rdhpf" {
 			continue
 		}
-		if _, ok := args[l.pid]; !ok {
-			out, _ := exec.CommandContext(ctx, "ps", "-ww", "-o", "args=", "-p", strconv.Itoa(l.pid)).Output()
-			args[l.pid] = strings.Fields(string(out))
+		if _, asked := isFor[s.pid]; !asked {
+			out, _ := exec.CommandContext(ctx, "ps", "-ww", "-o", "args=", "-p", strconv.Itoa(s.pid)).Output()
+			isFor[s.pid] = h.isNamedBy(s.command, strings.Fields(string(out)))
 		}
-		if !slices.ContainsFunc(args[l.pid], h.isNamedBy) {
-			continue
+		if isFor[s.pid] {
+			found = append(found, forwardInfo{ContainerID: "unknown", LocalPort: s.addr.Port(), LocalAddress: s.addr.Addr().String(),
+				RemoteAddress: loopback4.String(), Status: pending, Reason: reasonSilent})
 		}
-		found = append(found, forwardInfo{ContainerID: "unknown", LocalPort: l.addr.Port(), LocalAddress: l.addr.Addr().String(),
-			RemoteAddress: loopback4.String(), Status: pending, Reason: reasonProbing})
 	}
 	var wg sync.WaitGroup
 	for i := range found {
@@ -159,10 +281,8 @@ func seenByLsof(ctx context.Context, h host) []forwardInfo {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			if (&master{}).probe(ctx, netip.AddrPortFrom(addrOf(f.LocalAddress), f.LocalPort), 0) == probeAnswered {
+			if staysOpen(ctx, f.local()) {
 				f.Status, f.Reason = active, ""
-			} else {
-				f.Reason = reasonSilent
 			}
 		}()
 	}
@@ -170,19 +290,45 @@ func seenByLsof(ctx context.Context, h host) []forwardInfo {
 	return found
 }
 
-// isNamedBy says whether an argument of ssh is this host.
-func (h host) isNamedBy(arg string) bool {
-	if h.user != "" && strings.Contains(arg, "@") && !strings.HasPrefix(arg, h.user+"@") {
-		return false
+// isNamedBy says whether the arguments of an rdhpf or an ssh name this host.
+func (h host) isNamedBy(command string, args []string) bool {
+	for i, arg := range args {
+		if command == "ssh" {
+			user, name, found := strings.Cut(arg, "@")
+			if !found {
+				user, name = h.user, arg
+			}
+			if strings.EqualFold(name, h.name) && (h.user == "" || user == h.user) {
+				return true
+			}
+			continue
+		}
+		name, value, found := strings.Cut(arg, "=")
+		if !found && i+1 < len(args) {
+			value = args[i+1]
+		}
+		if other, err := parseHost(value); (name == "-host" || name == "--host") && err == nil && other.String() == h.String() {
+			return true
+		}
 	}
-	_, name, found := strings.Cut(arg, "@")
-	if !found {
-		name = arg
-	}
-	return strings.EqualFold(name, h.name)
+	return false
 }
 
-// instances returns the paths of all instances that left files in the folder.
+// staysOpen says whether a connection to a local address is not closed at once, as one without a service behind it is.
+func staysOpen(ctx context.Context, addr string) bool {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	conn.SetReadDeadline(time.Now().Add(stillOpen))
+	n, err := conn.Read(make([]byte, 1))
+	return n > 0 || errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// instances returns the files of every instance that ever had a lock in the directory.
 func instances(dir string) ([]paths, error) {
 	if err := checkDir(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -194,51 +340,79 @@ func instances(dir string) ([]paths, error) {
 		return nil, fmt.Errorf("looking for instances: %w", err)
 	}
 	var all []paths
-	for _, e := range entries {
-		if base, ok := strings.CutSuffix(e.Name(), ".lock"); ok {
+	for _, entry := range entries {
+		if base, isLock := strings.CutSuffix(entry.Name(), ".lock"); isLock {
 			all = append(all, pathsAt(dir, filepath.Join(dir, base)))
 		}
 	}
 	return all, nil
 }
 
-// inspectAll reports on every instance in the folder. broken is what there is to
-// say of those that could not be inspected.
-func inspectAll(ctx context.Context, dir string) (found []*report, broken []error, err error) {
-	all, err := instances(dir)
-	if err != nil {
-		return nil, nil, err
-	}
-	for _, p := range all {
-		switch r, err := inspect(ctx, p, nil); {
-		case err != nil:
-			broken = append(broken, err)
-		case r != nil:
-			found = append(found, r)
-		}
-	}
-	return found, broken, nil
+// printer prints reports.
+type printer struct {
+	w      io.Writer
+	asJSON bool
+	style  tableStyle
 }
 
-// table.go: what `rdhpf status` and `rdhpf health` print for a person.
+// report prints r, and returns the error with which the command ends if r is not of a live instance that answers.
+// There is nothing to add to that error.
+func (out printer) report(r *report) error {
+	for _, warning := range r.warnings {
+		fmt.Fprintf(os.Stderr, "Warning: %s\n", warning)
+	}
+	if err := out.print(r); err != nil {
+		return fmt.Errorf("printing the status: %w", err)
+	}
+	switch {
+	case !r.Running:
+		return &errNotRunning{}
+	case r.Stale:
+		return errUnhealthy
+	}
+	return nil
+}
 
-// tableStyle is how to print.
+// isVerdict says whether an error of report is about the instance, and not about printing.
+func isVerdict(err error) bool {
+	return errors.As(err, new(*errNotRunning)) || errors.Is(err, errUnhealthy)
+}
+
+func (out printer) print(r *report) error {
+	if out.asJSON {
+		return json.NewEncoder(out.w).Encode(r)
+	}
+	_, err := io.WriteString(out.w, table(r, time.Now(), out.style))
+	return err
+}
+
+// isTerminal says whether f is one: only terminals have a size.
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	return err == nil
+}
+
+// tableStyle is how to print a table.
 type tableStyle struct{ wide, colour bool }
 
 var statusColour = map[string]string{active: "\x1b[32m", conflict: "\x1b[31m", pending: "\x1b[33m"}
 
-// printTable prints a report as the table of its forwards, and under it what
-// there is to say besides.
-func printTable(w io.Writer, r *report, now time.Time, style tableStyle) {
-	head := []string{"CONTAINER ID", "LOCAL", "REMOTE", "STATE", "DURATION", "REASON"}
+const (
+	gap         = 3 // between columns
+	stateColumn = 3
+)
+
+// table returns a report as the table of its forwards, and below it what else there is to say.
+func table(r *report, now time.Time, style tableStyle) string {
+	rows := [][]string{{"CONTAINER ID", "LOCAL", "REMOTE", "STATE", "DURATION"}}
 	if style.wide {
-		head = append(head[:5:5], "NAME", "IMAGE", "SERVICE", "PORT", "REASON")
+		rows[0] = append(rows[0], "NAME", "IMAGE", "SERVICE", "PORT", "VERIFIED", "CONNS", "OPEN", "IN", "OUT", "LAST USED")
 	}
-	rows := [][]string{head}
+	rows[0] = append(rows[0], "REASON")
 	for i := range r.Forwards {
 		rows = append(rows, row(&r.Forwards[i], now, style.wide))
 	}
-	widths := make([]int, len(head))
+	widths := make([]int, len(rows[0]))
 	for _, row := range rows {
 		for i, cell := range row {
 			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
@@ -246,53 +420,43 @@ func printTable(w io.Writer, r *report, now time.Time, style tableStyle) {
 	}
 	var b strings.Builder
 	for n, row := range rows {
-		blanks := 0 // put off, for none end a line
+		line := ""
 		for i, cell := range row {
-			if i == len(row)-1 {
-				cell = strings.TrimRight(cell, " ")
-			}
-			if cell == "" {
-				blanks += widths[i] + 3
-				continue
-			}
-			b.WriteString(strings.Repeat(" ", blanks))
-			blanks = widths[i] - utf8.RuneCountInString(cell) + 3
-			if colour := statusColour[cell]; style.colour && i == 3 && n > 0 && colour != "" {
+			blanks := widths[i] - utf8.RuneCountInString(cell) + gap
+			if colour := statusColour[cell]; style.colour && i == stateColumn && colour != "" {
 				cell = colour + cell + "\x1b[0m"
 			}
-			b.WriteString(cell)
+			line += cell + strings.Repeat(" ", blanks)
 		}
-		b.WriteByte('\n')
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
 		if n == 0 {
-			total := -3
+			total := -gap
 			for _, width := range widths {
-				total += width + 3
+				total += width + gap
 			}
 			b.WriteString(strings.Repeat("-", total) + "\n")
 		}
 	}
-	io.WriteString(w, b.String())
-	printRemarks(w, r, now)
+	remarks(&b, r, now)
+	return b.String()
 }
 
 func row(f *forwardInfo, now time.Time, wide bool) []string {
 	remote, port := "-", "-"
 	if f.RemotePort != 0 {
 		remote = strconv.Itoa(int(f.RemotePort))
-		if f.RemoteAddress != "127.0.0.1" && addrOf(f.RemoteAddress) != loopback4 {
+		if addrOf(f.RemoteAddress) != loopback4 {
 			remote = (&forwardInfo{LocalAddress: f.RemoteAddress, LocalPort: f.RemotePort}).local()
 		}
 	}
 	if f.ContainerPort != 0 {
 		port = strconv.Itoa(int(f.ContainerPort))
 	}
-	duration := "-"
-	if !f.CreatedAt.IsZero() {
-		duration = ageText(now.Sub(f.CreatedAt))
-	}
-	cells := []string{f.ContainerID, f.local(), remote, f.Status, duration}
+	cells := []string{f.ContainerID, f.local(), remote, f.Status, since(&f.CreatedAt, now)}
 	if wide {
-		cells = append(cells, dash(f.ContainerName), dash(f.Image), dash(f.Service), port)
+		cells = append(cells, dash(f.ContainerName), dash(f.Image), dash(f.Service), port,
+			since(f.VerifiedAt, now), strconv.FormatInt(f.Connections, 10), strconv.FormatInt(f.OpenConnections, 10),
+			sizeText(f.BytesIn), sizeText(f.BytesOut), since(f.LastUsedAt, now))
 	}
 	return append(cells, f.Reason)
 }
@@ -304,8 +468,42 @@ func dash(s string) string {
 	return s
 }
 
-// printRemarks prints what concerns the instance, not one forward.
-func printRemarks(w io.Writer, r *report, now time.Time) {
+// since is the age of a time, "-" if there is none.
+func since(t *time.Time, now time.Time) string {
+	if t == nil || t.IsZero() {
+		return "-"
+	}
+	return ageText(now.Sub(*t))
+}
+
+// ageText writes a duration the way people say it: 45s, 2m15s, 3h4m, 2d5h.
+func ageText(d time.Duration) string {
+	s := max(0, int64(d/time.Second))
+	switch {
+	case s < 60:
+		return fmt.Sprintf("%ds", s)
+	case s < 3600:
+		return fmt.Sprintf("%dm%ds", s/60, s%60)
+	case s < 86400:
+		return fmt.Sprintf("%dh%dm", s/3600, s/60%60)
+	}
+	return fmt.Sprintf("%dd%dh", s/86400, s/3600%24)
+}
+
+// sizeText writes a number of bytes the way people say it: 512B, 1.2MiB.
+func sizeText(n int64) string {
+	if n < 1024 {
+		return fmt.Sprintf("%dB", n)
+	}
+	f, unit := float64(n)/1024, 0
+	for ; f >= 1023.95 && unit < 4; unit++ { // what would be printed as 1024.0
+		f /= 1024
+	}
+	return fmt.Sprintf("%.1f%ciB", f, "KMGTP"[unit])
+}
+
+// remarks writes what concerns the instance rather than one forward.
+func remarks(w io.Writer, r *report, now time.Time) {
 	if r.Paused {
 		fmt.Fprintln(w, "Paused: rdhpf resume opens the ports again.")
 	}
@@ -328,39 +526,23 @@ func printRemarks(w io.Writer, r *report, now time.Time) {
 	}
 }
 
-// ageText prints a duration the way people say it: 45s, 2m15s, 3h4m, 2d5h.
-func ageText(d time.Duration) string {
-	s := max(0, int64(d/time.Second))
-	switch {
-	case s < 60:
-		return fmt.Sprintf("%ds", s)
-	case s < 3600:
-		return fmt.Sprintf("%dm%ds", s/60, s%60)
-	case s < 86400:
-		return fmt.Sprintf("%dh%dm", s/3600, s/60%60)
-	}
-	return fmt.Sprintf("%dd%dh", s/86400, s/3600%24)
-}
-
-// printHealth prints the answer to whether all is well.
+// printHealth prints whether the instance is healthy, and why not.
 func printHealth(w io.Writer, h *health, now time.Time) {
 	fmt.Fprintf(w, "%s: %d active, %d conflict, %d pending; %s for %s", h.Status, h.Counts[active], h.Counts[conflict], h.Counts[pending],
 		h.Connection.State, ageText(now.Sub(h.Connection.Since)))
 	if h.Engine != "" {
 		fmt.Fprintf(w, "; %s", printable(h.Engine, maxText))
 	}
-	fmt.Fprintf(w, "; up %s\n", ageText(time.Duration(h.Uptime)*time.Second))
+	noun := "connections"
+	if h.Traffic.Connections == 1 {
+		noun = "connection"
+	}
+	fmt.Fprintf(w, "; up %s; %d %s (%d open), %s in, %s out\n", ageText(time.Duration(h.Uptime)*time.Second),
+		h.Traffic.Connections, noun, h.Traffic.OpenConnections, sizeText(h.Traffic.BytesIn), sizeText(h.Traffic.BytesOut))
 	for _, reason := range h.Reasons {
 		fmt.Fprintf(w, "  %s\n", printable(reason, 1000))
 	}
 }
-
-// watch.go: status over time: `rdhpf status -watch` and -wait.
-
-const (
-	pollEvery = 100 * time.Millisecond // where there is no socket to tell of changes
-	askEvery  = 2 * time.Second        // of an instance that tells of none
-)
 
 // sight is a report, or why there is none.
 type sight struct {
@@ -368,8 +550,8 @@ type sight struct {
 	err    error
 }
 
-// follow sends what is known now and at each change, until ctx ends: as the
-// socket tells it, else by looking again and again.
+// follow sends what is known now and at each change until ctx ends: what the socket tells, else what looking again and
+// again shows.
 func follow(ctx context.Context, p paths, h *host, out chan<- sight) {
 	send := func(s sight) {
 		select {
@@ -377,101 +559,105 @@ func follow(ctx context.Context, p paths, h *host, out chan<- sight) {
 		case <-ctx.Done():
 		}
 	}
+	delay := pollEvery
 	for ctx.Err() == nil {
-		if subscribe(ctx, p, func(snap *snapshot) {
+		told, begun := false, time.Now()
+		err := subscribe(ctx, p.socket, func(snap *snapshot) {
+			told = true
 			send(sight{report: &report{snapshot: snap, Source: "socket", Running: true}})
-		}) {
-			continue
-		}
-		// Whether lsof sees an ssh changes nothing here, and it is slow to ask.
-		r, err := inspect(ctx, p, nil)
-		if r == nil && err == nil {
-			name := "this host"
-			if h != nil {
-				name = h.String()
+		})
+		if !told {
+			// Whether lsof sees anything makes no difference here, and it is slow.
+			r, unknown := inspect(ctx, p, nil)
+			if r == nil && unknown == nil {
+				name := "this host"
+				if h != nil {
+					name = h.String()
+				}
+				unknown = notFound(name)
 			}
-			err = notFound(name)
+			send(sight{r, unknown})
 		}
-		send(sight{r, err})
+		// An instance may cut its subscribers off because it has too many. Without one, looking often costs little.
+		if isAbsent(err) || time.Since(begun) >= steadyFor {
+			delay = pollEvery
+		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(pollEvery):
+		case <-time.After(delay):
 		}
+		delay = min(2*delay, slowPoll)
 	}
 }
 
-// subscribe passes on what the instance tells until it ends or does not answer,
-// and says whether it told anything.
-func subscribe(ctx context.Context, p paths, take func(*snapshot)) (told bool) {
-	conn, err := dialInstance(p.socket)
-	if err != nil {
-		return false
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	if _, err := fmt.Fprintln(conn, `{"method":"subscribe"}`); err != nil {
-		return false
-	}
-	// An instance that changes nothing has to answer all the same.
-	go func() {
-		for tick := time.NewTicker(askEvery); ctx.Err() == nil; {
-			select {
-			case <-ctx.Done():
-				tick.Stop()
-			case <-tick.C:
-				fmt.Fprintln(conn, `{"method":"status"}`)
-			}
-		}
-	}()
-	lines := bufio.NewReader(conn)
-	for {
-		conn.SetReadDeadline(time.Now().Add(askEvery + dialTimeout))
-		snap := &snapshot{}
-		if readReply(lines, snap) != nil {
-			return told
-		}
-		snap.clean()
-		take(snap)
-		told = true
-	}
+// isAbsent says that a subscription failed because nothing listens on the socket.
+func isAbsent(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED)
 }
 
-// waitFor returns nil as soon as the ports, or all, are active.
+// waitFor returns nil as soon as the ports, or all of them, are active, and the instance has verified it.
 func waitFor(ctx context.Context, p paths, h *host, patience time.Duration, ports []uint16, out printer) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	sights := make(chan sight)
 	go follow(ctx, p, h, sights)
-	last := "no instance is running"
+	var last error
 	for {
+		var s sight
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("after %v: %s", patience, last)
-		case s := <-sights:
-			if s.err != nil {
-				last = s.err.Error()
-				continue
+			if last == nil { // not even the first look has ended
+				last = errors.New("no instance is running")
+				if pid, held, err := lockedBy(p.lock); err == nil && held {
+					last = unanswered(pid, errSilent)
+				}
 			}
-			missing := missingPorts(s.report, ports)
-			if len(missing) == 0 {
-				return out.report(s.report)
-			}
-			last = strings.Join(missing, "; ")
+			return fmt.Errorf("after %v: %v", patience, last)
+		case s = <-sights:
+		}
+		if s.err == nil {
+			s = verified(ctx, p, s.report, ports)
+		}
+		if s.err == nil {
+			return out.report(s.report)
+		}
+		if ctx.Err() == nil {
+			last = s.err
 		}
 	}
 }
 
-// missingPorts says what keeps the ports, or all where none is named, from being
-// active.
+// verified returns a report of the ports being active that rests on fresh evidence, or why there is none.
+func verified(ctx context.Context, p paths, r *report, ports []uint16) sight {
+	if missing := missingPorts(r, ports); len(missing) > 0 {
+		return sight{err: errors.New(strings.Join(missing, "; "))}
+	}
+	snap := &snapshot{}
+	var refused refusal
+	err := callContext(ctx, p.socket, "verify", snap)
+	switch {
+	case errors.As(err, &refused) && refused == noSuchMethod: // an older version, which has nothing better
+		return sight{report: r}
+	case err != nil:
+		return sight{err: fmt.Errorf("the ports look active, which cannot be verified: %w", err)}
+	}
+	snap.clean()
+	r = &report{snapshot: snap, Source: "socket", Running: true}
+	if missing := missingPorts(r, ports); len(missing) > 0 {
+		return sight{err: errors.New(strings.Join(missing, "; "))}
+	}
+	return sight{report: r}
+}
+
+// missingPorts says what keeps the ports, or all if none are given, from being active.
 func missingPorts(r *report, ports []uint16) (missing []string) {
 	switch {
 	case !r.Running:
 		return []string{"no instance is running"}
 	case r.Stale:
-		return []string{"the instance does not answer"}
+		return []string{fmt.Sprintf("rdhpf (pid %d) is running but does not answer", r.PID)}
 	case r.Connection.State != connected:
-		text := "the connection to the remote host is not up"
+		text := "not connected to the remote host"
 		if r.Connection.LastError != "" {
 			text += ": " + r.Connection.LastError
 		}
@@ -483,23 +669,31 @@ func missingPorts(r *report, ports []uint16) (missing []string) {
 		if old := found[f.LocalPort]; old == nil || f.Status == active {
 			found[f.LocalPort] = f
 		}
-		if len(ports) == 0 && f.Status != active {
-			missing = append(missing, fmt.Sprintf("%s is %s (%s)", f.local(), f.Status, f.Reason))
+	}
+	if len(ports) == 0 {
+		for i := range r.Forwards {
+			if f := &r.Forwards[i]; f.Status != active {
+				missing = append(missing, whyNot(f))
+			}
 		}
 	}
-	for _, p := range ports {
-		if f := found[p]; f == nil {
-			missing = append(missing, fmt.Sprintf("no container publishes %d", p))
+	for _, port := range ports {
+		if f := found[port]; f == nil {
+			missing = append(missing, fmt.Sprintf("no container publishes %d", port))
 		} else if f.Status != active {
-			missing = append(missing, fmt.Sprintf("%s is %s (%s)", f.local(), f.Status, f.Reason))
+			missing = append(missing, whyNot(f))
 		}
 	}
 	return missing
 }
 
-// watchStatus prints at each change until it is interrupted. On a terminal it
-// has a screen of its own, on which long lines are cut, not wrapped, and redraws
-// each second, for the durations.
+// whyNot says why a forward is not active.
+func whyNot(f *forwardInfo) string {
+	return fmt.Sprintf("%s is %s (%s)", f.local(), f.Status, f.Reason)
+}
+
+// watchStatus prints at each change until it is interrupted. On a terminal it has a screen of its own, on which long
+// lines are cut rather than wrapped, and which it redraws every second, for the durations.
 func watchStatus(p paths, h *host, out printer) error {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
@@ -513,43 +707,39 @@ func watchStatus(p paths, h *host, out printer) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	var s sight
-	var before string
+	var shown string
 	for {
-		seen := false
+		var err error
 		select {
 		case <-ctx.Done():
 			return nil
 		case s = <-sights:
-			seen = true
-		case <-tick.C:
-		}
-		var err error
-		switch {
-		case screen:
-			err = draw(out, s)
-		case seen:
-			if key := s.key(); key != before {
-				before = key
+			if key := keyOf(s); !screen && key != shown {
+				shown = key
 				err = printSight(out, s)
 			}
+		case <-tick.C:
 		}
-		if err != nil {
-			if errors.Is(err, unix.EPIPE) {
-				return nil
-			}
+		if screen {
+			err = draw(out, s)
+		}
+		if errors.Is(err, unix.EPIPE) {
+			return nil
+		} else if err != nil {
 			return err
 		}
 	}
 }
 
-// key is the same for two sights that show the same.
-func (s sight) key() string {
+// keyOf is the same for two sights that show the same.
+func keyOf(s sight) string {
 	if s.err != nil {
 		return s.err.Error()
 	}
 	r := *s.report
 	r.snapshot = r.snapshot.at(time.Time{})
-	return string(mustJSON(r))
+	body, _ := json.Marshal(r)
+	return string(body)
 }
 
 // printSight prints a change where there is no screen to redraw.
@@ -558,7 +748,7 @@ func printSight(out printer, s sight) error {
 		_, err := fmt.Fprintln(os.Stderr, s.err)
 		return err
 	}
-	if err := out.report(s.report); err != nil && !errors.As(err, new(*errNotRunning)) {
+	if err := out.report(s.report); err != nil && !isVerdict(err) {
 		return err
 	}
 	if !out.asJSON {
@@ -568,159 +758,23 @@ func printSight(out printer, s sight) error {
 	return nil
 }
 
-// draw redraws the screen, as much as it has room for.
+// draw redraws the screen, as much as there is room for.
 func draw(out printer, s sight) error {
-	var b strings.Builder
+	text := ""
 	switch {
 	case s.err != nil:
-		fmt.Fprintln(&b, s.err)
+		text = s.err.Error()
 	case s.report != nil:
-		fmt.Fprintf(&b, "%s  %s\n\n", s.report.Host, time.Now().Format(time.TimeOnly))
+		text = fmt.Sprintf("%s  %s\n\n", s.report.Host, time.Now().Format(time.TimeOnly))
 		for _, warning := range s.report.warnings {
-			fmt.Fprintf(&b, "Warning: %s\n", warning)
+			text += "Warning: " + warning + "\n"
 		}
-		printTable(&b, s.report, time.Now(), out.style)
+		text += table(s.report, time.Now(), out.style)
 	}
-	lines := strings.Split(strings.TrimRight(b.String(), "\n"), "\n")
+	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
 	if size, err := unix.IoctlGetWinsize(int(os.Stdout.Fd()), unix.TIOCGWINSZ); err == nil && size.Row > 0 && len(lines) > int(size.Row) {
 		lines = append(lines[:size.Row-1], "…")
 	}
 	_, err := fmt.Fprint(out.w, "\x1b[H"+strings.Join(lines, "\x1b[K\r\n")+"\x1b[K\x1b[J")
 	return err
-}
-
-// forwardjson.go: reading a snapshot's JSON as rdhpf itself writes it, in a
-// fraction of the time that encoding/json takes: of a thousand forwards, reading
-// them is most of what `rdhpf status` does.
-
-// unmarshalSnapshot is json.Unmarshal of body into v, of which snap is a part.
-// The list of forwards is read apart; what stands in for it meanwhile tells
-// whether it is the snapshot's. What is not as rdhpf writes it is left to
-// encoding/json as a whole.
-func unmarshalSnapshot(body string, v any, snap *snapshot) error {
-	head, tail, _ := strings.Cut(body, `"forwards":`)
-	list := cursor{tail}
-	if forwards, ok := list.forwards(); ok && !strings.Contains(list.rest, `"forwards":`) {
-		err := json.Unmarshal([]byte(head+`"forwards":[{"status":"read apart"}]`+list.rest), v)
-		if err == nil && len(snap.Forwards) == 1 && snap.Forwards[0] == (forwardInfo{Status: "read apart"}) {
-			snap.Forwards = forwards
-			return nil
-		}
-		*snap = snapshot{}
-	}
-	return json.Unmarshal([]byte(body), v)
-}
-
-// cursor reads a text of JSON from its start.
-type cursor struct{ rest string }
-
-// eat goes past c and the white space before it, or stays.
-func (c *cursor) eat(b byte) bool {
-	s := c.rest
-	for s != "" && (s[0] == ' ' || s[0] == '\n') {
-		s = s[1:]
-	}
-	if s == "" || s[0] != b {
-		return false
-	}
-	c.rest = s[1:]
-	return true
-}
-
-// text reads a string without escapes.
-func (c *cursor) text() (s string, ok bool) {
-	if !c.eat('"') {
-		return "", false
-	}
-	s, c.rest, ok = strings.Cut(c.rest, `"`)
-	return s, ok && strings.IndexByte(s, '\\') < 0
-}
-
-// forwards reads a list of forwards.
-func (c *cursor) forwards() (list []forwardInfo, ok bool) {
-	if !c.eat('[') {
-		return nil, false
-	}
-	list = make([]forwardInfo, 0, min(strings.Count(c.rest, "{"), 1000)) // the text is not to be trusted
-	for more := !c.eat(']'); more; {
-		list = append(list, forwardInfo{})
-		if !c.forward(&list[len(list)-1]) {
-			return nil, false
-		}
-		if more = c.eat(','); !more && !c.eat(']') {
-			return nil, false
-		}
-	}
-	return list, true
-}
-
-// forward reads an object of known members.
-func (c *cursor) forward(f *forwardInfo) bool {
-	if !c.eat('{') {
-		return false
-	}
-	for {
-		name, ok := c.text()
-		if !ok || !c.eat(':') || !c.member(f, name) {
-			return false
-		}
-		if !c.eat(',') {
-			return c.eat('}')
-		}
-	}
-}
-
-// member reads the value of that member.
-func (c *cursor) member(f *forwardInfo, name string) (ok bool) {
-	switch name {
-	case "container_id":
-		f.ContainerID, ok = c.text()
-	case "local_port":
-		f.LocalPort, ok = c.port()
-	case "remote_port":
-		f.RemotePort, ok = c.port()
-	case "status":
-		f.Status, ok = c.text()
-	case "reason":
-		f.Reason, ok = c.text()
-	case "created_at":
-		f.CreatedAt, ok = c.time()
-	case "updated_at":
-		f.UpdatedAt, ok = c.time()
-	case "local_address":
-		f.LocalAddress, ok = c.text()
-	case "remote_address":
-		f.RemoteAddress, ok = c.text()
-	case "container_name":
-		f.ContainerName, ok = c.text()
-	case "container_port":
-		f.ContainerPort, ok = c.port()
-	case "image":
-		f.Image, ok = c.text()
-	case "service":
-		f.Service, ok = c.text()
-	}
-	return ok
-}
-
-func (c *cursor) time() (time.Time, bool) {
-	s, ok := c.text()
-	if !ok {
-		return time.Time{}, false
-	}
-	var t time.Time
-	err := t.UnmarshalText([]byte(s))
-	return t, err == nil
-}
-
-func (c *cursor) port() (uint16, bool) {
-	c.rest = strings.TrimLeft(c.rest, " ")
-	digits := 0
-	for digits < len(c.rest) && '0' <= c.rest[digits] && c.rest[digits] <= '9' {
-		digits++
-	}
-	s := c.rest[:digits]
-	c.rest = c.rest[digits:]
-	n, err := strconv.ParseUint(s, 10, 16)
-	return uint16(n), err == nil && (s[0] != '0' || s == "0")
 }

@@ -15,18 +15,18 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 	"unicode"
-	"unicode/utf8"
 )
 
-// Tests of rdhpf status as a process of its own: what it finds out from the
-// socket, else the file, else lsof, and its exit statuses. The instances that it
-// looks at have the lock, the socket and the file of one, and a state that the
-// test posts.
+// Tests of status.go and of the commands in client.go, as processes of their own: what they find out from the socket, else
+// the file, else lsof, and how they exit. The instances that they look at have a lock, a socket and a file, and a state
+// that the test posts. Also golden tests of what is printed: go test -run 'Table|Health|Report' -update writes
+// testdata/*.golden anew; an escape character is ␛ there.
 
 const (
 	instanceEnv = "RDHPF_TEST_INSTANCE" // the host: be an instance for it, in RDHPF_DIR
@@ -74,7 +74,18 @@ func beInstance(host, dir string) error {
 	ctx, stop := context.WithCancel(context.Background())
 	ended := make(chan struct{}, 2)
 	go func() {
-		s := &server{board: b, stop: stop, ask: func(context.Context, string) (any, error) { return struct{}{}, nil }}
+		s := &server{board: b, stop: stop, ask: func(_ context.Context, method string) (any, error) {
+			snap, _ := b.look()
+			switch method {
+			case "status":
+				return snap.at(time.Now()), nil
+			case "verify":
+				return verifiedSnap(snap.at(time.Now())), nil
+			case "health":
+				return snap.health(time.Now()), nil
+			}
+			return struct{}{}, nil
+		}}
 		s.serve(ctx, l)
 		ended <- struct{}{}
 	}()
@@ -98,6 +109,19 @@ func beInstance(host, dir string) error {
 	<-ended
 	return nil
 }
+
+// verifiedSnap is what a verify finds: a forward with the reason unverified is not active.
+func verifiedSnap(snap *snapshot) *snapshot {
+	snap.Forwards = slices.Clone(snap.Forwards)
+	for i := range snap.Forwards {
+		if f := &snap.Forwards[i]; f.Reason == unverified {
+			f.Status, f.Reason = pending, reasonSilent
+		}
+	}
+	return snap
+}
+
+const unverified = "active on old evidence"
 
 // instance is such a process.
 type instance struct {
@@ -192,6 +216,9 @@ func (i *instance) signal(sig syscall.Signal) {
 	if err := i.cmd.Process.Signal(sig); err != nil {
 		i.t.Fatal(err)
 	}
+	if sig == syscall.SIGSTOP { // it may take a moment until all of its threads stand still
+		time.Sleep(100 * time.Millisecond)
+	}
 }
 
 // kill is kill -9.
@@ -222,7 +249,7 @@ func (i *instance) rewrite(change func(*snapshot)) {
 	}
 	change(snap)
 	other := filepath.Join(i.dir, "rewritten")
-	if err := writeState(other, encodeState(snap)); err != nil {
+	if err := writeState(other, snap); err != nil {
 		i.t.Fatal(err)
 	}
 	if err := os.Rename(other, i.paths().state); err != nil {
@@ -324,7 +351,8 @@ const (
 	tableHead   = `CONTAINER ID +LOCAL +REMOTE +STATE +DURATION +REASON\n-+\n`
 	tableActive = tableHead + `abc123def456 +127\.0\.0\.1:8080 +8080 +active +(1m3\ds|1m[45]\ds|2m\d+s)\n`
 	oldWarning  = `Warning: State file is (\d+m)?\d+s old\. rdhpf may not be running\.\n`
-	deadWarning = `Warning: No rdhpf is running for this host: process \d+ has ended, this is what it wrote last\.\n`
+	deadWarning = `Warning: No rdhpf is running for this host: process \d+ has ended; this is what it wrote last\.\n`
+	muteWarning = `Warning: rdhpf \(pid \d+\) is running but does not answer; this is what it wrote last\.\n`
 )
 
 func TestStatusFallback(t *testing.T) {
@@ -356,7 +384,7 @@ func TestStatusFallback(t *testing.T) {
 			t.Errorf("it says %+v", r)
 		}
 		rdhpf(t, dir, "status").is(t, 0, `ssh://me@box\.invalid\n`+tableActive, "")
-		rdhpf(t, dir, "health").is(t, 1, "", fmt.Sprintf(`rdhpf: health by rdhpf \(pid %d\): [^\n]*no such file[^\n]*\n`, r.PID))
+		rdhpf(t, dir, "health").is(t, 1, "", fmt.Sprintf(`rdhpf: rdhpf \(pid %d\) is running but cannot be asked: [^\n]*no such file[^\n]*\n`, r.PID))
 	})
 	t.Run("no socket, torn file", func(t *testing.T) {
 		i.signal(syscall.SIGSTOP)
@@ -364,12 +392,11 @@ func TestStatusFallback(t *testing.T) {
 		if err := os.WriteFile(i.paths().state, []byte(`{"version": "1.0", "ho`), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		says := fmt.Sprintf(`rdhpf \(pid %d\) is running and does not answer: [^\n]*torn[^\n]*\n`, i.cmd.Process.Pid)
+		says := fmt.Sprintf(`rdhpf \(pid %d\) is running but cannot be asked: [^\n]*; [^\n]*incomplete[^\n]*\n`, i.cmd.Process.Pid)
 		rdhpf(t, dir, status...).is(t, 1, "", `rdhpf: `+says)
 		// That there is none would be a lie.
 		rdhpf(t, dir, "status").is(t, 1, "", `[^\n]*`+says)
 		rdhpf(t, dir, "status", "-json").is(t, 1, "", `[^\n]*`+says)
-		rdhpf(t, dir, "health").is(t, 1, "", `[^\n]*`+says)
 	})
 	i.kill()
 
@@ -377,26 +404,41 @@ func TestStatusFallback(t *testing.T) {
 	t.Run("stopped", func(t *testing.T) {
 		i.signal(syscall.SIGSTOP)
 		defer i.signal(syscall.SIGCONT)
-		// Fresh: the socket takes connections and says nothing.
-		i.rewrite(func(s *snapshot) { s.UpdatedAt = time.Now() })
-		r := rdhpf(t, dir, asJSON...).report(t)
-		if r.Source != "file" || !r.Running || len(r.Forwards) != 1 {
-			t.Errorf("it says %+v", r)
+		for _, age := range []time.Duration{0, 45 * time.Second, -time.Hour} {
+			i.rewrite(func(s *snapshot) { s.UpdatedAt = time.Now().Add(-age) })
+			rdhpf(t, dir, status...).is(t, 1, tableActive, muteWarning)
 		}
-		i.rewrite(func(s *snapshot) { s.UpdatedAt = time.Now().Add(-45 * time.Second) })
-		rdhpf(t, dir, status...).is(t, 0, tableActive, oldWarning)
-		rdhpf(t, dir, asJSON...).trust(t, 0, "file", true, true)
-		i.rewrite(func(s *snapshot) { s.UpdatedAt = time.Now().Add(time.Hour) })
-		const future = `Warning: State file is from the future\. rdhpf may not be running\.\n`
-		rdhpf(t, dir, status...).is(t, 0, tableActive, future)
+		t.Run("asked", func(t *testing.T) { // all at once, for each takes 2 s
+			for _, args := range [][]string{{"status"}, asJSON, {"health"}, {"pause"}, {"resume"}, {"reload"}, {"stop"}} {
+				t.Run(strings.Join(args, " "), func(t *testing.T) {
+					t.Parallel()
+					begun := time.Now()
+					a := rdhpf(t, dir, args...)
+					if took := time.Since(begun); took > 3500*time.Millisecond {
+						t.Errorf("it took %v", took)
+					}
+					switch {
+					case len(args) > 1:
+						if r := a.trust(t, 1, "file", true, true); len(r.Forwards) != 1 {
+							t.Errorf("it says %+v", r)
+						}
+					case args[0] == "status":
+						a.is(t, 1, `ssh://me@box\.invalid\n`+tableActive, muteWarning)
+					default:
+						a.is(t, 1, "", fmt.Sprintf(`rdhpf: rdhpf \(pid %d\) is running but does not answer \(stopped\?\)\n`, i.cmd.Process.Pid))
+					}
+				})
+			}
+		})
 		i.rewrite(func(s *snapshot) { s.PID = 1 })
-		rdhpf(t, dir, status...).is(t, 0, tableActive, future+fmt.Sprintf(`Warning: State file is of process 1, and process %d runs now\.\n`, i.cmd.Process.Pid))
+		rdhpf(t, dir, status...).is(t, 1, tableActive,
+			fmt.Sprintf(`Warning: rdhpf \(pid %d\) is running but does not answer; this is what process 1 wrote last\.\n`, i.cmd.Process.Pid))
 	})
 	t.Run("another host's file", func(t *testing.T) {
 		i.signal(syscall.SIGSTOP)
 		defer i.signal(syscall.SIGCONT)
 		i.rewrite(func(s *snapshot) { s.Host = "ssh://you@elsewhere" })
-		rdhpf(t, dir, status...).is(t, 1, "", `rdhpf: rdhpf \(pid \d+\) is running and does not answer: [^\n]*is of another host, ssh://you@elsewhere\n`)
+		rdhpf(t, dir, status...).is(t, 1, "", `rdhpf: rdhpf \(pid \d+\) is running but does not answer \(stopped\?\); [^\n]*is of another host, ssh://you@elsewhere\n`)
 		rdhpf(t, dir, "status").is(t, 1, "", `[^\n]*is of another host, ssh://you@elsewhere\n`)
 	})
 	i.kill()
@@ -421,7 +463,7 @@ func TestStatusFallback(t *testing.T) {
 	})
 	t.Run("other version", func(t *testing.T) {
 		i.rewrite(func(s *snapshot) { s.Version = "7.5" })
-		rdhpf(t, dir, status...).is(t, 3, tableActive, `Warning: State file has version "7\.5" and this rdhpf knows "1\.0"; [^\n]*\n.*`)
+		rdhpf(t, dir, status...).is(t, 3, tableActive, `Warning: State file has version "7\.5", but this rdhpf knows only "1\.0"; [^\n]*\n.*`)
 	})
 	t.Run("hostile file", func(t *testing.T) {
 		i.rewrite(func(s *snapshot) { s.Forwards = hostileRaw() })
@@ -434,8 +476,8 @@ func TestStatusFallback(t *testing.T) {
 		if err := os.Truncate(i.paths().state, 40); err != nil {
 			t.Fatal(err)
 		}
-		rdhpf(t, dir, status...).is(t, 3, "", `state file [^\n]*torn[^\n]*`+notFound)
-		rdhpf(t, dir, "status").is(t, 3, "", `Warning: state file [^\n]*torn[^\n]*\nNo running instance found\. [^\n]*\n`)
+		rdhpf(t, dir, status...).is(t, 3, "", `state file [^\n]*incomplete[^\n]*`+notFound)
+		rdhpf(t, dir, "status").is(t, 3, "", `Warning: state file [^\n]*incomplete[^\n]*\nNo running instance found\. [^\n]*\n`)
 	})
 	t.Run("ended well", func(t *testing.T) {
 		i := startInstance(t, dir, testHost)
@@ -526,7 +568,7 @@ func TestStatusFolder(t *testing.T) {
 		{"odd [*?", notFound, 3},
 		{"link", `rdhpf: [^\n]*/link is a symbolic link: [^\n]*RDHPF_DIR[^\n]*\n`, 1},
 		{"open", `rdhpf: [^\n]*/open is open to other users \(mode 0755\): run chmod 700 [^\n]*\n`, 1},
-		{"file", `rdhpf: [^\n]*/file is no directory: [^\n]*\n`, 1},
+		{"file", `rdhpf: [^\n]*/file is not a directory: [^\n]*\n`, 1},
 	}
 	if os.Geteuid() == 0 {
 		must(os.Mkdir(in("foreign"), 0o700))
@@ -534,7 +576,7 @@ func TestStatusFolder(t *testing.T) {
 		cases = append(cases, struct {
 			dir, stderr string
 			code        int
-		}{"foreign", `rdhpf: [^\n]*/foreign belongs to uid 12345 [^\n]*\n`, 1})
+		}{"foreign", `rdhpf: [^\n]*/foreign belongs to uid 12345, not to you[^\n]*\n`, 1})
 	}
 	for _, c := range cases {
 		for _, args := range [][]string{{"status"}, {"status", "-json"}, {"status", "-host", "me@box.invalid"}, {"health"}} {
@@ -627,8 +669,16 @@ func TestStatusLsof(t *testing.T) {
 	startSSHLike(t, exe, "hold", "-N", "you@box.invalid")
 	startSSHLike(t, exe, "hold", "-N", "me@other.invalid")
 	startSSHLike(t, exe, "hold", "-N", "me@notbox.invalid")
-	const warning = `Warning: No rdhpf is running; these ports are those on which an ssh to that host listens\.\n`
-	want := map[int]string{held: active, closed: pending}
+	ours := filepath.Join(dir, "rdhpf")
+	if err := os.Link(exe, ours); err != nil {
+		t.Fatal(err)
+	}
+	own := startSSHLike(t, ours, "hold", "run", "-host", "me@BOX.invalid:22")
+	own2 := startSSHLike(t, ours, "close", "run", "--host=ssh://me@box.invalid", "-retry")
+	startSSHLike(t, ours, "hold", "run", "-host", "box.invalid")
+	startSSHLike(t, ours, "hold", "run")
+	const warning = `Warning: No instance was found; these are the ports on which an rdhpf or an ssh for that host listens\.\n`
+	want := map[int]string{held: active, closed: pending, own: active, own2: pending}
 
 	a := rdhpf(t, dir, "status", "-host", "me@box.invalid", "-json")
 	r := a.trust(t, 3, "lsof", false, true)
@@ -637,11 +687,11 @@ func TestStatusLsof(t *testing.T) {
 			t.Errorf("it says %+v, want %s", f, want[int(f.LocalPort)])
 		}
 	}
-	if len(r.Forwards) != 2 || r.Host != testHost || r.PID != 0 || !regexp.MustCompile(`^`+warning+`$`).MatchString(a.stderr) {
+	if len(r.Forwards) != 4 || r.Host != testHost || r.PID != 0 || !regexp.MustCompile(`^`+warning+`$`).MatchString(a.stderr) {
 		t.Errorf("it says %+v, %q", r, a.stderr)
 	}
 	a = rdhpf(t, dir, "status", "-host", "me@box.invalid")
-	a.is(t, 3, tableHead+`unknown .*\nunknown .*\n`, warning)
+	a.is(t, 3, tableHead+`(unknown [^\n]*\n){4}`, warning)
 	for _, row := range []string{fmt.Sprintf(`unknown +127\.0\.0\.1:%d +- +active +-\n`, held), fmt.Sprintf(`unknown +127\.0\.0\.1:%d +- +pending +- +port not responding\n`, closed)} {
 		if !regexp.MustCompile(row).MatchString(a.stdout) {
 			t.Errorf("no %q in %q", row, a.stdout)
@@ -653,7 +703,7 @@ func TestStatusLsof(t *testing.T) {
 	if err := os.WriteFile(pathsFor(dir, testHost).state, []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	rdhpf(t, dir, "status", "-host", "me@box.invalid").is(t, 3, tableHead+`unknown .*`, `Warning: state file [^\n]*torn[^\n]*\n`+warning)
+	rdhpf(t, dir, "status", "-host", "me@box.invalid").is(t, 3, tableHead+`unknown .*`, `Warning: state file [^\n]*incomplete[^\n]*\n`+warning)
 }
 
 func TestExitStatus(t *testing.T) {
@@ -665,8 +715,8 @@ func TestExitStatus(t *testing.T) {
 		stdout string
 		stderr string
 	}{
-		{"", 2, "", `.*rdhpf: no command\n`},
-		{"frobnicate", 2, "", `rdhpf: there is no command "frobnicate": see rdhpf help\n`},
+		{"", 2, "", `.*rdhpf: no command given\n`},
+		{"frobnicate", 2, "", `rdhpf: unknown command "frobnicate": see rdhpf help\n`},
 		{"help", 0, `.*rdhpf status .*`, ""},
 		{"--help", 0, `.*rdhpf status .*`, ""},
 		{"version", 0, `rdhpf .*\n`, ""},
@@ -675,23 +725,25 @@ func TestExitStatus(t *testing.T) {
 		{"stop -h", 0, `Usage of rdhpf stop:\n.*`, ""},
 		{"status -nonsense", 2, "", `rdhpf: [^\n]*-nonsense[^\n]*: see rdhpf status -h\n`},
 		{"status -json=maybe", 2, "", `rdhpf: [^\n]*maybe[^\n]*\n`},
-		{"status 8080", 2, "", `rdhpf: ports are for -wait, as in: rdhpf status -wait 30s 8080\n`},
-		{"status -wait 1s 0", 2, "", `rdhpf: "0" is no port[^\n]*\n`},
-		{"status -wait 1s 8080 web", 2, "", `rdhpf: "web" is no port[^\n]*\n`},
+		{"status 8080", 2, "", `rdhpf: ports can only be given with -wait: rdhpf status -wait 30s 8080\n`},
+		{"status -wait 1s 0", 2, "", `rdhpf: "0" is not a port[^\n]*\n`},
+		{"status -wait 1s 8080 web", 2, "", `rdhpf: "web" is not a port[^\n]*\n`},
 		{"status -wait soon", 2, "", `rdhpf: [^\n]*soon[^\n]*\n`},
 		{"status -wait -5s", 2, "", `rdhpf: -wait wants a positive time, like 30s\n`},
-		{"status -wait 5s -watch", 2, "", `rdhpf: -wait and -watch do not go together\n`},
+		{"status -wait 5s -watch", 2, "", `rdhpf: -wait and -watch exclude each other\n`},
 		{"status -host", 2, "", `rdhpf: flag needs an argument: -host: see rdhpf status -h\n`},
 		{"status -host tcp://box:2375", 2, "", `rdhpf: -host is tcp://box:2375: rdhpf needs ssh://[^\n]*\n`},
 		{"health -host a@b@c", 2, "", `rdhpf: -host has more than a name[^\n]*\n`},
 		{"run -host ssh://", 2, "", `rdhpf: -host has no host name[^\n]*\n`},
-		{"health now", 2, "", `rdhpf: "now" is one argument too many: see rdhpf health -h\n`},
-		{"run -host a extra", 2, "", `rdhpf: "extra" is one argument too many: see rdhpf run -h\n`},
-		{"run -host a -bind everywhere", 2, "", `rdhpf: [^\n]*"everywhere" is no address[^\n]*\n`},
+		{"health now", 2, "", `rdhpf: unexpected argument "now": see rdhpf health -h\n`},
+		{"run -host a extra", 2, "", `rdhpf: unexpected argument "extra": see rdhpf run -h\n`},
+		{"run -host a -bind everywhere", 2, "", `rdhpf: [^\n]*"everywhere" is not an address[^\n]*\n`},
+		{"run -host a -bind 127.0.0.1,here", 2, "", `rdhpf: [^\n]*"here" is not an address[^\n]*\n`},
+		{"run -host a -no-probe 0", 2, "", `rdhpf: [^\n]*"0" is not a port[^\n]*\n`},
 		{"run -host a -map 80", 2, "", `rdhpf: [^\n]*want PUBLISHED=LOCAL[^\n]*\n`},
-		{"run -host a -map 80=0", 2, "", `rdhpf: [^\n]*"0" is no port[^\n]*\n`},
+		{"run -host a -map 80=0", 2, "", `rdhpf: [^\n]*"0" is not a port[^\n]*\n`},
 		{"run -host a -skip 90-80", 2, "", `rdhpf: [^\n]*ends before it begins[^\n]*\n`},
-		{"run -host a -only 70000", 2, "", `rdhpf: [^\n]*"70000" is no port[^\n]*\n`},
+		{"run -host a -only 70000", 2, "", `rdhpf: [^\n]*"70000" is not a port[^\n]*\n`},
 		{"run -host a -log-level loud", 2, "", `rdhpf: [^\n]*loud[^\n]*\n`},
 		{"run -host a -log-format xml", 2, "", `rdhpf: -log-format "xml": want text or json\n`},
 		{"run", 1, "", `rdhpf: no host: use -host ssh://user@host, [^\n]*\n`},
@@ -703,7 +755,7 @@ func TestExitStatus(t *testing.T) {
 		{"health -json", 0, `\{"status":"ok","reasons":\[\],.*\}\n`, ""},
 		{"pause", 0, "paused: all local ports are closed\n", ""},
 		{"resume", 0, "resumed\n", ""},
-		{"reload", 0, "configuration read again\n", ""},
+		{"reload", 0, "configuration reloaded\n", ""},
 		{"reload -json", 0, "{}\n", ""},
 		{"health -host nobody@box.invalid", 3, "", `No running instance found for ssh://nobody@box\.invalid\. [^\n]*\n`},
 		{"stop -host nobody@box.invalid", 3, "", `No running instance found .*`},
@@ -711,11 +763,17 @@ func TestExitStatus(t *testing.T) {
 	} {
 		t.Run(c.args, func(t *testing.T) { rdhpf(t, dir, strings.Fields(c.args)...).is(t, c.code, c.stdout, c.stderr) })
 	}
-	t.Run("what docker would take", func(t *testing.T) {
-		for env, want := range map[string]string{"ssh://me@box.invalid": tableActive, "tcp://box:2375": `ssh://me@box\.invalid\n` + tableActive} {
-			cmd := program(dir, "status")
-			cmd.Env = append(cmd.Env, "DOCKER_HOST="+env)
-			runProgram(t, cmd).is(t, 0, want, "")
+	t.Run("the host docker uses", func(t *testing.T) {
+		cmd := program(dir, "status")
+		cmd.Env = append(cmd.Env, "DOCKER_HOST=ssh://me@box.invalid")
+		runProgram(t, cmd).is(t, 0, tableActive, "")
+		// One that is broken is told by every command, and none turns to another instance.
+		for _, env := range []string{"tcp://box:2375", "ssh://", "me@box.invalid"} {
+			for _, args := range []string{"status", "status -watch", "status -wait 1s", "health", "pause", "resume", "reload", "stop", "run"} {
+				cmd := program(dir, strings.Fields(args)...)
+				cmd.Env = append(cmd.Env, "DOCKER_HOST="+env)
+				runProgram(t, cmd).is(t, 1, "", `rdhpf: DOCKER_HOST [^\n]*\n`)
+			}
 		}
 	})
 }
@@ -733,9 +791,6 @@ func TestHealthCommand(t *testing.T) {
 	rdhpf(t, dir, "health").is(t, 3, "", `No running instance found.*`)
 	rdhpf(t, dir, "health", "-json").is(t, 3, "", `No running instance found.*`)
 }
-
-// Golden tests of what a person and a script are shown: go test -run Table
-// -update writes testdata/*.golden anew. An escape character is ␛ there.
 
 var updateGolden = flag.Bool("update", false, "write testdata/*.golden anew")
 
@@ -767,7 +822,7 @@ func ago(d time.Duration) time.Time { return tableNow.Add(-d) }
 
 // tableSnapshot is that of the design: one forward of each status.
 func tableSnapshot() *snapshot {
-	event := ago(45 * time.Second)
+	event, verified := ago(45*time.Second), ago(12*time.Second)
 	return &snapshot{
 		Version: stateVersion, Host: "ssh://user@host", PID: 12345, StartedAt: ago(30*time.Minute + 45*time.Second), UpdatedAt: tableNow,
 		Connection: connection{State: connected, Since: ago(30 * time.Minute)}, Engine: "Docker/20.10.24 (linux)", LastEventAt: &event,
@@ -775,7 +830,8 @@ func tableSnapshot() *snapshot {
 		Forwards: []forwardInfo{
 			{ContainerID: "abc123def456", LocalPort: 8080, RemotePort: 8080, Status: active,
 				CreatedAt: ago(2*time.Minute + 15*time.Second), UpdatedAt: ago(2*time.Minute + 14*time.Second),
-				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "web", ContainerPort: 80, Image: "nginx:1.27", Service: "web"},
+				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "web", ContainerPort: 80, Image: "nginx:1.27", Service: "web",
+				VerifiedAt: &verified, Connections: 1234, OpenConnections: 2, BytesIn: 1258291, BytesOut: 34567, LastUsedAt: &event},
 			{ContainerID: "789abc123abc", LocalPort: 5432, RemotePort: 5432, Status: conflict, Reason: reasonGivenUp + " (held by postgres, pid 4242)",
 				CreatedAt: ago(90 * time.Second), UpdatedAt: ago(85 * time.Second),
 				LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", ContainerName: "shop-db-1", ContainerPort: 5432, Image: "postgres:16", Service: "db"},
@@ -832,7 +888,7 @@ func TestTable(t *testing.T) {
 		{"skipped", with(func(r *report) {
 			r.Skipped = []skippedPort{
 				{"fedcba987654", "agent", 0, "tcp", "host network: the container publishes no ports"},
-				{"abc123def456", "web", 22, "tcp", "named by skip"},
+				{"abc123def456", "web", 22, "tcp", "excluded by -skip"},
 				{"0123456789ab", "dns", 53, "udp", "SSH carries TCP only"},
 			}
 		}), tableStyle{}},
@@ -870,7 +926,7 @@ func TestTable(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var b bytes.Buffer
-			printTable(&b, c.report, tableNow, c.style)
+			b.WriteString(table(c.report, tableNow, c.style))
 			golden(t, c.name, b.Bytes())
 			for _, line := range strings.Split(b.String(), "\n") {
 				if strings.TrimRight(line, " ") != line {
@@ -880,7 +936,7 @@ func TestTable(t *testing.T) {
 		})
 	}
 	var b bytes.Buffer
-	printTable(&b, hostile, tableNow, tableStyle{wide: true})
+	b.WriteString(table(hostile, tableNow, tableStyle{wide: true}))
 	for _, r := range b.String() {
 		if r != '\n' && !unicode.IsPrint(r) {
 			t.Errorf("%q reaches the terminal", r)
@@ -946,7 +1002,7 @@ func TestHealthText(t *testing.T) {
 		{"health-opening", func(s *snapshot) {
 			s.Forwards = s.Forwards[:1]
 			s.Forwards[0].Status, s.Forwards[0].Reason = pending, reasonProbing
-		}, "ok"},
+		}, "degraded"},
 		{"health-degraded", func(*snapshot) {}, "degraded"},
 		{"health-paused", func(s *snapshot) {
 			s.Paused = true
@@ -987,6 +1043,15 @@ func TestHealthText(t *testing.T) {
 	golden(t, "health.json", append(b.Bytes(), '\n'))
 }
 
+func TestSizeText(t *testing.T) {
+	for n, want := range map[int64]string{0: "0B", 1: "1B", 1023: "1023B", 1024: "1.0KiB", 1536: "1.5KiB", 34567: "33.8KiB", 1<<20 - 1: "1.0MiB",
+		1<<20 - 60: "1023.9KiB", 1258291: "1.2MiB", 1 << 30: "1.0GiB", 5 << 40: "5.0TiB", math.MaxInt64: "8192.0PiB", -1: "-1B"} {
+		if got := sizeText(n); got != want {
+			t.Errorf("%d: %s, want %s", n, got, want)
+		}
+	}
+}
+
 func TestAgeText(t *testing.T) {
 	const day = 24 * time.Hour
 	for d, want := range map[time.Duration]string{
@@ -1001,8 +1066,6 @@ func TestAgeText(t *testing.T) {
 		}
 	}
 }
-
-// Tests of rdhpf status -wait and -watch.
 
 func TestMissingPorts(t *testing.T) {
 	up := func(change func(*report)) *report {
@@ -1029,14 +1092,14 @@ func TestMissingPorts(t *testing.T) {
 			r.Forwards[0].LocalPort = 8080
 		}), []uint16{8080}, ""},
 		{"not connected yet", up(func(r *report) { r.Connection, r.Forwards = connection{State: connecting}, nil }), nil,
-			"the connection to the remote host is not up"},
+			"not connected to the remote host"},
 		{"reconnecting", up(func(r *report) {
 			r.Connection = connection{State: reconnecting, LastError: "ssh: gone"}
 			r.Forwards = r.Forwards[2:]
 			r.Forwards[0].Reason = reasonLost
-		}), []uint16{3000}, "the connection to the remote host is not up: ssh: gone; 127.0.0.1:3000 is pending (ssh connection lost, reconnecting)"},
+		}), []uint16{3000}, "not connected to the remote host: ssh: gone; 127.0.0.1:3000 is pending (ssh connection lost, reconnecting)"},
 		{"dead", up(func(r *report) { r.Running, r.Stale = false, true }), []uint16{8080}, "no instance is running"},
-		{"stale", up(func(r *report) { r.Stale = true }), []uint16{8080}, "the instance does not answer"},
+		{"stale", up(func(r *report) { r.Stale = true }), []uint16{8080}, "rdhpf (pid 12345) is running but does not answer"},
 	} {
 		if got := strings.Join(missingPorts(c.report, c.ports), "; "); got != c.want {
 			t.Errorf("%s:\n got %s\nwant %s", c.name, got, c.want)
@@ -1084,11 +1147,28 @@ func TestStatusWait(t *testing.T) {
 		dir := stateFolder(t)
 		i := startInstance(t, dir, testHost)
 		rdhpf(t, dir, "status", "-wait", "25s").is(t, 0, tableActive, "")
-		// Without a socket the file tells.
+		// Without a socket nothing can be verified.
 		if err := os.Remove(i.paths().socket); err != nil {
 			t.Fatal(err)
 		}
-		rdhpf(t, dir, "status", "-wait", "25s", "8080").is(t, 0, tableActive, "")
+		rdhpf(t, dir, "status", "-wait", "1s", "8080").is(t, 1, "", `rdhpf: after 1s: the ports look active, which cannot be verified: .*\n`)
+	})
+	t.Run("active on old evidence only", func(t *testing.T) {
+		dir := stateFolder(t)
+		i := startInstanceWith(t, dir, testHost, tableForwards(active, unverified))
+		rdhpf(t, dir, "status", "-wait", "1s", "8080").is(t, 1, "", `rdhpf: after 1s: 127\.0\.0\.1:8080 is pending \(port not responding\)\n`)
+		end := begin(t, dir, "-wait", "25s")
+		i.post(tableForwards(active, ""))
+		end().is(t, 0, tableActive, "")
+	})
+	t.Run("stopped", func(t *testing.T) {
+		dir := stateFolder(t)
+		i := startInstance(t, dir, testHost)
+		i.signal(syscall.SIGSTOP)
+		defer i.signal(syscall.SIGCONT)
+		ends := []func() answer{begin(t, dir, "-wait", "1s"), begin(t, dir, "-wait", "6s", "8080")}
+		ends[0]().is(t, 1, "", `rdhpf: after 1s: rdhpf \(pid \d+\) is running but does not answer \(stopped\?\)\n`)
+		ends[1]().is(t, 1, "", `rdhpf: after 6s: rdhpf \(pid \d+\) is running but does not answer\n`)
 	})
 	t.Run("in vain", func(t *testing.T) {
 		live, dead, empty := stateFolder(t), stateFolder(t), stateFolder(t)
@@ -1101,7 +1181,7 @@ func TestStatusWait(t *testing.T) {
 		}
 	})
 	t.Run("for no host", func(t *testing.T) {
-		rdhpf(t, stateFolder(t), "status", "-wait", "1s").is(t, 1, "", `rdhpf: no instance is running yet: say which one to wait for with -host\n`)
+		rdhpf(t, stateFolder(t), "status", "-wait", "1s").is(t, 1, "", `rdhpf: no instance is running yet: name the one to wait for with -host\n`)
 	})
 }
 
@@ -1370,58 +1450,4 @@ func TestWatchScreen(t *testing.T) {
 	if alternate, cursor := m.flag("alternate_on"), m.flag("cursor_flag"); alternate != "0" || cursor != "1" {
 		t.Errorf("after it: alternate screen %s, cursor %s", alternate, cursor)
 	}
-}
-
-// sameSnapshot checks that in is read as encoding/json reads it.
-func sameSnapshot(t *testing.T, in []byte) {
-	t.Helper()
-	var ours, theirs snapshot
-	err, want := unmarshalSnapshot(string(in), &ours, &ours), json.Unmarshal(in, &theirs)
-	if (err == nil) != (want == nil) {
-		t.Fatalf("%s: error %v, encoding/json %v", in, err, want)
-	}
-	if err == nil && string(mustJSON(ours)) != string(mustJSON(theirs)) {
-		t.Errorf("%s:\n got %s\nwant %s", in, mustJSON(ours), mustJSON(theirs))
-	}
-}
-
-func TestSnapshotJSON(t *testing.T) {
-	at := time.Date(2026, 1, 2, 3, 4, 5, 678, time.UTC)
-	full := forwardInfo{ContainerID: "abc123def456", LocalPort: 8080, RemotePort: 65535, Status: pending, Reason: reasonSilent, CreatedAt: at,
-		UpdatedAt: at.Add(time.Hour), LocalAddress: "127.0.0.1", RemoteAddress: "::1", ContainerName: "web", ContainerPort: 1, Image: "a/b:c", Service: "s"}
-	snap := &snapshot{Version: stateVersion, Host: "ssh://h", UpdatedAt: at, Warnings: []string{`"forwards":[{`}, Forwards: []forwardInfo{full, full}}
-	for _, written := range [][]byte{mustJSON(snap), encodeState(snap)} {
-		_, list, _ := strings.Cut(string(written), `s":`)
-		_, list, _ = strings.Cut(list, `"forwards":`)
-		if found, ok := (&cursor{list}).forwards(); !ok || len(found) != 2 {
-			t.Errorf("what rdhpf writes is left to encoding/json: %s", written)
-		}
-		sameSnapshot(t, written)
-		for i := range written { // torn
-			sameSnapshot(t, written[:i])
-		}
-	}
-	line := string(mustJSON(full))
-	for _, f := range []string{line, line + "," + line, line + ",", line + "]", "", " ", ",", "{}", "null", "[]", `"x"`, "5", `{"local_port":"8080"}`,
-		`{"status":5}`, `{"status":null}`, `{"local_port":null}`, `{"local_port":}`, `{"local_port":70000}`, `{"local_port":-1}`, `{"local_port":1.5}`,
-		`{"local_port":1e2}`, `{"local_port":0}`, `{"local_port":+1}`, `{"local_port":01}`, `{"created_at":"yesterday"}`, `{"created_at":5}`,
-		`{"STATUS":"active"}`, `{"status":"a","status":"b"}`, `{"other":[1,{"a":"}"}],"status":"a"}`, `{"reason":"a\"b\\c\u0041"}`, `{"reason":"ü€"}`,
-		`{"reason":"a,b}c"}`, `{"reason":"<&>"}`, `{ "status" : "active" }`, "{\t\"status\":\"active\"}", `{"created_at":"2026-01-02T03:04:05+01:00"}`,
-		`{"status":"a",}`, `{"status":"a"`, `{,}`, `{"status" "a"}`, strings.Replace(line, `"status":"pending"`, `"status":"pend\ning"`, 1)} {
-		for _, in := range []string{`{"forwards":[` + f + `]}`, `{"host":"h","forwards":[` + f + `],"pid":5}`, `{"forwards":[` + f + `],"forwards":[` + line + `]}`,
-			`{"forwards":[` + line + `],"forwards":[` + f + `]}`, `{"forwards":` + f + `}`, `{"a\"forwards":[` + f + `]}`, `{"connection":{"forwards":[` + f + `]}}`} {
-			sameSnapshot(t, []byte(in))
-		}
-	}
-}
-
-func FuzzSnapshotJSON(f *testing.F) {
-	f.Add([]byte(`{"host":"h","forwards":[{"container_id":"a","local_port":1,"created_at":"2026-01-02T03:04:05Z"}],"pid":1}`))
-	f.Add([]byte(`{"forwards": [{"reason":"a\\","status":"}","local_port":0}, {}]}`))
-	f.Add(encodeState(&snapshot{Forwards: []forwardInfo{{Status: active}}}))
-	f.Fuzz(func(t *testing.T, in []byte) {
-		if utf8.Valid(in) { // clean drops what is no UTF-8 from either
-			sameSnapshot(t, in)
-		}
-	})
 }

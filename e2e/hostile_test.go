@@ -32,7 +32,7 @@ func beHostileEngine(does string) {
 			}
 		}
 	}
-	const head = "HTTP/1.1 200 OK\r\nServer: Docker/1\x1b[31m\r\n"
+	const head = "HTTP/1.1 200 OK\r\nServer: Docker/1\u202e\r\n"
 	does, argument, _ := strings.Cut(does, " ")
 	for in := bufio.NewReader(os.Stdin); ; out.Flush() {
 		req, err := http.ReadRequest(in)
@@ -98,11 +98,11 @@ func TestE2EHostileEngine(t *testing.T) {
 	docker := filepath.Join(g.env["RIG_DIR"], "nodocker", "docker")
 	t.Cleanup(func() { os.Remove(docker) })
 	for _, c := range []struct{ does, says string }{
-		{"garbage", "it is no HTTP"},
-		{"head", "it is no HTTP"},
-		{"line", "a line of its head is over 4096 bytes"},
+		{"garbage", "the response is not HTTP"},
+		{"head", "the response is not HTTP"},
+		{"line", "the response header is longer than 65536 bytes"},
 		{"list", "more than 20000 containers"},
-		{"container", "a container in it is over 1048576 bytes long"},
+		{"container", "a container in it is longer than 1048576 bytes"},
 		{"deep", "exceeded max depth"},
 		{"body", "i/o timeout"},
 		{"words", "500 [31mno"},
@@ -173,8 +173,8 @@ func TestE2EFolderRemoved(t *testing.T) {
 	p.becomes(port, active, "")
 	removed := time.Now()
 	eventually(t, "the folder is removed", func() error { return os.RemoveAll(p.dir) }) // a file may be written meanwhile
-	p.waitLine(p.paths().lock + ": made again")
-	p.waitLine(p.paths().socket + ": made again")
+	p.waitLine(p.paths().lock + " was removed or replaced; recreated it")
+	p.waitLine(p.paths().socket + " was removed or replaced; recreated it")
 	p.waitLine(" again after ")
 	b.answers(port)
 	born := g.boot(t, port+1)
@@ -242,14 +242,14 @@ func TestE2ESocketSwapped(t *testing.T) {
 		answers()
 		took("socket swapped: it answers again", removed)
 	}
-	p.waitLine("somebody removed or replaced " + path + ": made again")
+	p.waitLine(path + " was removed or replaced; recreated it")
 
 	elsewhere := filepath.Join(p.dir, "elsewhere")
 	listenUnix(t, elsewhere)
 	if err := errors.Join(os.Remove(path), os.Symlink(elsewhere, path)); err != nil {
 		t.Fatal(err)
 	}
-	p.waitLine(path + " is in the way and no socket: remove it")
+	p.waitLine(path + " exists and is not a socket: remove it")
 	if r := p.status(); r.Source != "file" || !r.Running || r.PID != p.cmd.Process.Pid {
 		t.Errorf("status meanwhile: %+v", r)
 	}

@@ -241,6 +241,7 @@ type boxSpec struct {
 	all     bool   // publish what the image exposes, -P
 	network string // "" = bridge
 	restart string // restart policy
+	labels  map[string]string
 }
 
 // box is a container of the rig's engine.
@@ -267,7 +268,7 @@ func (g *testRig) tryCreate(t *testing.T, spec boxSpec) (*box, error) {
 	boxCount++
 	b := &box{rig: g, t: t, name: fmt.Sprintf("box%d", boxCount)}
 	b.greeting = fmt.Sprintf("hello from %s\n", b.name)
-	exposed, bindings := map[string]any{}, map[string]any{}
+	exposed, bindings := map[string]any{}, map[string][]map[string]string{}
 	for _, p := range spec.ports {
 		if p.proto == "" {
 			p.proto = "tcp"
@@ -278,11 +279,11 @@ func (g *testRig) tryCreate(t *testing.T, spec boxSpec) (*box, error) {
 		if p.host != 0 {
 			host = strconv.Itoa(p.host)
 		}
-		bindings[k] = []map[string]string{{"HostIp": p.ip, "HostPort": host}}
+		bindings[k] = append(bindings[k], map[string]string{"HostIp": p.ip, "HostPort": host})
 	}
 	var made struct{ ID string }
 	err := g.call("POST", "/containers/create?name="+b.name, map[string]any{
-		"Image": g.env["RIG_IMAGE"], "Cmd": append([]string{"-name", b.name}, spec.args...), "ExposedPorts": exposed,
+		"Image": g.env["RIG_IMAGE"], "Cmd": append([]string{"-name", b.name}, spec.args...), "ExposedPorts": exposed, "Labels": spec.labels,
 		"HostConfig": map[string]any{"PortBindings": bindings, "PublishAllPorts": spec.all, "NetworkMode": spec.network,
 			"RestartPolicy": map[string]string{"Name": spec.restart}},
 	}, &made)
@@ -334,6 +335,101 @@ func (b *box) rename(to string) {
 
 // who is the container as the program names it.
 func (b *box) who() string { return fmt.Sprintf("%s (%s)", b.name, b.id[:12]) }
+
+// pid is that of the container's server.
+func (b *box) pid() int {
+	b.t.Helper()
+	var is struct{ State struct{ Pid int } }
+	if err := b.rig.call("GET", "/containers/"+b.id+"/json", nil, &is); err != nil {
+		b.t.Fatal(err)
+	}
+	return is.State.Pid
+}
+
+// listens tells whether something in the container listens on a port, without
+// connecting to it.
+func (b *box) listens(port int) bool {
+	b.t.Helper()
+	pid := b.pid()
+	for _, table := range []string{"tcp", "tcp6"} {
+		for _, s := range sockets(fmt.Sprintf("/proc/%d/net/%s", pid, table)) {
+			if s.state == tcpListen && s.local == port {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// serviceEnds has the server stop listening, while the container runs on.
+func (b *box) serviceEnds() {
+	b.t.Helper()
+	b.listening() // before that a signal may be lost
+	b.tell(syscall.SIGUSR1)
+	eventually(b.t, "the service ends", func() error {
+		if b.listens(80) {
+			return errors.New("it listens")
+		}
+		return nil
+	})
+}
+
+// serviceBegins has it listen again.
+func (b *box) serviceBegins() {
+	b.t.Helper()
+	b.tell(syscall.SIGUSR2)
+	b.listening()
+}
+
+// tell signals the server. For the engine, that would be a stop by hand: it would
+// not start the container again with itself.
+func (b *box) tell(sig syscall.Signal) {
+	b.t.Helper()
+	pid := b.pid()
+	if pid == 0 {
+		b.t.Fatalf("%s does not run", b.name)
+	}
+	if err := syscall.Kill(pid, sig); err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// listening waits until the server does.
+func (b *box) listening() {
+	b.t.Helper()
+	eventually(b.t, "the service begins", func() error {
+		if !b.listens(80) {
+			return errors.New("it does not listen")
+		}
+		return nil
+	})
+}
+
+// tcpSocket is a line of /proc/net/tcp.
+type tcpSocket struct{ local, remote, state int }
+
+const (
+	tcpTimeWait = 6
+	tcpListen   = 10
+)
+
+func sockets(table string) (all []tcpSocket) {
+	text, _ := os.ReadFile(table)
+	for _, line := range strings.Split(string(text), "\n") {
+		var s tcpSocket
+		// "0: 0100007F:1F90 00000000:0000 0A …", with longer addresses in tcp6
+		f := strings.Fields(line)
+		if len(f) < 4 || f[0] == "sl" {
+			continue
+		}
+		_, local, _ := strings.Cut(f[1], ":")
+		_, remote, _ := strings.Cut(f[2], ":")
+		if _, err := fmt.Sscanf(local+" "+remote+" "+f[3], "%x %x %x", &s.local, &s.remote, &s.state); err == nil {
+			all = append(all, s)
+		}
+	}
+	return all
+}
 
 // inspect tells when the container started and where port 80 is published.
 func (b *box) inspect() (started time.Time, port int) {
@@ -389,14 +485,20 @@ func localAddr(port int) string { return net.JoinHostPort("127.0.0.1", strconv.I
 // eventually waits until cond returns nil.
 func eventually(t *testing.T, what string, cond func() error) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	within(t, patience, what, cond)
+}
+
+// within waits no longer than most.
+func within(t *testing.T, most time.Duration, what string, cond func() error) {
+	t.Helper()
+	deadline := time.Now().Add(most)
 	for {
 		err := cond()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %v: %v", what, patience, err)
+			t.Fatalf("%s: not within %v: %v", what, most, err)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -639,6 +741,15 @@ func (p *runProc) signal(sig syscall.Signal) {
 	if err := p.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		p.t.Error(err)
 	}
+	if sig == syscall.SIGSTOP { // its threads stop one after the other
+		eventually(p.t, "the run has stopped", func() error {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+			if _, rest, ok := strings.Cut(string(stat), ") "); !ok || !strings.HasPrefix(rest, "T") {
+				return fmt.Errorf("its state is %.1s, %v", rest, err)
+			}
+			return nil
+		})
+	}
 }
 
 // exits waits until the program has ended, with the given status.
@@ -711,17 +822,36 @@ func (p *runProc) leftNothingBut(sockets bool) {
 
 // noSession tells of a docker that serves a connection on the remote host.
 func (g *testRig) noSession() error {
+	for _, pid := range g.sessions() {
+		return fmt.Errorf("process %d on the remote host: %s", pid, cmdline(pid))
+	}
+	return nil
+}
+
+// sessions are the remote host's processes that join a connection to the engine.
+func (g *testRig) sessions() (all []int) {
 	ns, err := os.Stat("/run/netns/" + g.env["RIG_NS"])
 	if err != nil {
-		return err
+		return nil
 	}
 	for _, pid := range pids() {
 		of, err := os.Stat(fmt.Sprintf("/proc/%d/ns/net", pid))
 		if err == nil && os.SameFile(ns, of) && strings.HasSuffix(cmdline(pid), " system dial-stdio") {
-			return fmt.Errorf("process %d on the remote host: %s", pid, cmdline(pid))
+			all = append(all, pid)
 		}
 	}
-	return nil
+	return all
+}
+
+// stopServer has sshd let connections in and say nothing, until resume.
+func (g *testRig) stopServer(t *testing.T) (resume func()) {
+	t.Helper()
+	if err := syscall.Kill(g.sshd(t), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	resume = func() { syscall.Kill(g.sshd(t), syscall.SIGCONT) }
+	t.Cleanup(resume)
+	return resume
 }
 
 // masterPid is the run's ssh.

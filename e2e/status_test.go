@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -27,8 +28,14 @@ func (p *runProc) tell(command string, args ...string) (stdout, stderr string, c
 // rdhpf runs any command of the program in the environment of the run.
 func (p *runProc) rdhpf(args ...string) (stdout, stderr string, code int) {
 	p.t.Helper()
+	return p.rdhpfWith(nil, args...)
+}
+
+// rdhpfWith does so with more in the environment.
+func (p *runProc) rdhpfWith(env []string, args ...string) (stdout, stderr string, code int) {
+	p.t.Helper()
 	cmd := exec.Command(program, args...)
-	cmd.Env = p.environment()
+	cmd.Env = append(p.environment(), env...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
@@ -107,12 +114,12 @@ const (
 
 // ask sends a request over the instance's socket, as a program would.
 func (p *runProc) ask(method string, result any) error {
-	c, err := net.DialTimeout("unix", p.paths().socket, patience)
+	c, err := net.Dial("unix", p.paths().socket)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
+	c.SetDeadline(time.Now().Add(5 * time.Second)) // somebody else's socket may say nothing
 	if _, err := fmt.Fprintf(c, `{"method":%q,"params":{}}`+"\n", method); err != nil {
 		return err
 	}
@@ -272,12 +279,12 @@ func TestE2EReload(t *testing.T) {
 
 	write("{\n  \"map\": {\"80\": \"x\"}\n}")
 	_, errs, code := p.tell("reload")
-	if code != 1 || !strings.Contains(errs, config+":2:17: ") {
+	if code != 1 || !strings.Contains(errs, config+":2: ") {
 		t.Errorf("reload of a bad file: %d, %q", code, errs)
 	}
 	moves.answers(port + 3)
 	skipped := p.status().Skipped
-	if !slices.ContainsFunc(skipped, func(s skippedPort) bool { return int(s.Port) == port+2 && s.Reason == "named by skip" }) {
+	if !slices.ContainsFunc(skipped, func(s skippedPort) bool { return int(s.Port) == port+2 && s.Reason == "excluded by -skip" }) {
 		t.Errorf("the flag does not win over the file: %+v", skipped)
 	}
 }
@@ -289,15 +296,9 @@ func TestE2EStatusAfterKill(t *testing.T) {
 	p := startRun(t, g, "")
 	b.answers(port)
 	p.becomes(port, active, "")
-	p.signal(syscall.SIGSTOP)
-	out, errs, code := p.tell("status")
-	if code != 0 || !strings.Contains(out, b.id[:12]) {
-		t.Errorf("status of a stopped run: %d, %q, %q", code, out, errs)
-	}
-	p.signal(syscall.SIGCONT)
 	p.signal(syscall.SIGKILL)
 	p.exits(-1)
-	out, errs, code = p.tell("status", "-json")
+	out, errs, code := p.tell("status", "-json")
 	if code != 3 || !strings.Contains(errs, "No rdhpf is running for this host") || !strings.Contains(out, `"source":"file","running":false,"stale":true`) {
 		t.Errorf("status of a killed run: %d, %q, %q", code, out, errs)
 	}
@@ -323,4 +324,139 @@ func TestE2EWaitForAStart(t *testing.T) {
 	if r := <-done; r.code != 0 || !strings.Contains(r.out, b.id[:12]) {
 		t.Errorf("status -wait: %+v", r)
 	}
+}
+
+// The instance stands still: whoever asks is told so soon, and that nothing of
+// what is shown may be so any more.
+func TestE2EInstanceStopped(t *testing.T) {
+	g := needRig(t)
+	const soon = 6 * time.Second // 3 s, on a machine that is not busy
+	port := freePorts(t, 1)
+	b := g.boot(t, port)
+	p := startRun(t, g, "")
+	p.becomes(port, active, "")
+	p.signal(syscall.SIGSTOP)
+	t.Cleanup(func() { p.signal(syscall.SIGCONT) })
+	check := func(args ...string) {
+		t.Helper()
+		began := time.Now()
+		out, errs, code := p.tell(args[0], args[1:]...)
+		took("instance stopped: "+strings.Join(args[:1], " ")+" says so", began)
+		if waited := time.Since(began); waited > soon {
+			t.Errorf("%v takes %v", args, waited)
+		}
+		if code != 1 || !strings.Contains(out+errs, "does not answer") {
+			t.Errorf("%v ends with %d: %q, %q", args, code, out, errs)
+		}
+		if strings.Contains(out, active) && !strings.Contains(errs, "does not answer") {
+			t.Errorf("%v shows something as active without a warning on stderr: %q, %q", args, out, errs)
+		}
+	}
+	for _, args := range [][]string{{"status"}, {"status", "-wide"}, {"status", "-json"}, {"status", "-wait", "2s"},
+		{"status", "-wait", "2s", fmt.Sprint(port)}, {"health"}, {"health", "-json"}} {
+		check(args...)
+	}
+	if r := p.status(); !r.Running || !r.Stale || r.Source == "socket" || r.PID != p.cmd.Process.Pid {
+		t.Errorf("status -json: %+v", r)
+	}
+	p.signal(syscall.SIGCONT)
+	b.answers(port)
+	p.becomes(port, active, "")
+	p.signal(syscall.SIGSTOP)
+	for _, command := range []string{"pause", "resume", "reload", "stop"} { // it may do as it is told when it goes on
+		check(command)
+	}
+}
+
+// A host that cannot be meant is a mistake to tell of, and not the one instance
+// that happens to run.
+func TestE2EBrokenHost(t *testing.T) {
+	g := needRig(t)
+	port := freePorts(t, 1)
+	b := g.boot(t, port)
+	p := startRun(t, g, "")
+	p.becomes(port, active, "")
+	commands := [][]string{{"status"}, {"status", "-json"}, {"status", "-wait", "1s"}, {"health"}, {"pause"}, {"resume"}, {"reload"}, {"stop"}, {"run"}}
+	var wrong []error
+	for _, broken := range []string{"ssh://", "ssh://a b", "ssh://user@host:99999", "nonsense://host", "ssh://-oProxyCommand=x"} {
+		for _, c := range commands {
+			for _, how := range []string{"DOCKER_HOST", "-host"} {
+				args, env := append([]string{c[0], "-host", broken}, c[1:]...), []string(nil)
+				if how == "DOCKER_HOST" {
+					args, env = c, []string{"DOCKER_HOST=" + broken}
+				}
+				out, errs, code := p.rdhpfWith(env, args...)
+				if code != 1 && code != 2 || !strings.Contains(errs, how) || strings.Contains(out, b.id[:12]) {
+					wrong = append(wrong, fmt.Errorf("%v with %s %q ends with %d: %q, %q", c, how, broken, code, out, errs))
+				}
+			}
+		}
+	}
+	few(t, "commands", wrong)
+	if err := b.answering(port); err != nil {
+		t.Errorf("the instance was touched: %v", err)
+	}
+	if r := p.status(); r.PID != p.cmd.Process.Pid || !r.Running {
+		t.Errorf("the instance was touched: %+v", r)
+	}
+}
+
+// More want to watch than there are places for. Those turned away come back, and
+// not as fast as they can.
+func TestE2EMoreWatchersThanPlaces(t *testing.T) {
+	g := needRig(t)
+	const places, all = 128, 136
+	p := startRun(t, g, "")
+	pids := []int{p.cmd.Process.Pid}
+	for range all {
+		cmd := exec.Command(program, "status", "-host", p.host, "-watch", "-json")
+		cmd.Env = p.environment()
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			cmd.Process.Kill()
+			cmd.Wait()
+		})
+		pids = append(pids, cmd.Process.Pid)
+	}
+	eventually(t, "all places are taken", func() error {
+		if n := holdingOf(t, pids[0]).fds; n < places {
+			return fmt.Errorf("the instance has %d open files", n)
+		}
+		return nil
+	})
+	used := func() (sum time.Duration) {
+		for _, pid := range pids {
+			sum += cpuTime(t, pid)
+		}
+		return sum
+	}
+	const look = 3 * time.Second
+	eventually(t, "they are at rest", func() error { // starting takes some time, too
+		before := used()
+		time.Sleep(look) // what is measured
+		if spent := used() - before; spent > look/5 {
+			return fmt.Errorf("they took %v of CPU in %v", spent, look)
+		}
+		return nil
+	})
+	began := time.Now()
+	if r := p.status(); r.Source != "socket" {
+		t.Errorf("meanwhile status comes from the %s", r.Source)
+	}
+	took("more watchers than places: status", began)
+}
+
+// cpuTime is what a process took of it.
+func cpuTime(t *testing.T, pid int) time.Duration {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])) // from the third field on
+	user, _ := strconv.Atoi(f[11])
+	system, _ := strconv.Atoi(f[12])
+	return time.Duration(user+system) * 10 * time.Millisecond
 }

@@ -217,7 +217,7 @@ func TestE2EBadFolder(t *testing.T) {
 		p.dir = filepath.Join(p.dir, strings.Repeat("x", 90))
 		p.start()
 		p.exits(1)
-		if !strings.Contains(p.log(), "set RDHPF_DIR to a shorter directory") {
+		if !strings.Contains(p.log(), "set RDHPF_DIR to a shorter path") {
 			t.Errorf("it says %q", p.log())
 		}
 		if _, err := os.Lstat(p.dir); err == nil {

@@ -83,7 +83,7 @@ func (b *bench) startAndKill() ([]row, error) {
 	}
 	look := looks.median()
 	start := durations("container started → its port answers", started, ms(look)+" (one look)",
-		"+"+ms(started.median()-look), started.median(), 15*time.Millisecond)
+		"+"+ms(started.median()-look), started.median(), 5*time.Millisecond)
 	start.note = fmt.Sprintf("From the return of the engine's start call to an answer to GET. The port on the remote host itself, without a forwarder, takes %s (n=%d).",
 		ms(direct.median()), len(direct))
 	kill := durations("container killed → its port refuses", killed, ms(look)+" (one look)",

@@ -1,12 +1,15 @@
 // Server is the program of the rig's one container image, and its delay line.
 //
-//	server [-listen 80,81,100-199] [-after 10s] [-mode http|echo|close|discard|none] [-name NAME]
+//	server [-listen 80,81,100-199] [-after 10s] [-mode http|echo|once|close|discard|none] [-name NAME]
 //	server delay HOST PORT DURATION
 //
 // The first form listens: http answers GET / with a greeting, GET /bytes?n=N
 // with N zero bytes and POST /sink with the number of bytes it was sent; echo
-// sends back what arrives and passes a half-close on; close closes what it
-// accepted at once; discard reads and never answers; none does not listen.
+// sends back what arrives and passes a half-close on; once is an echo that takes
+// one connection and stops listening; close closes what it accepted at once;
+// discard reads and never answers; none does not listen. SIGUSR1 ends the
+// service: it stops listening and ends its connections, and the process runs on;
+// SIGUSR2 begins it again.
 // The second form is an ssh ProxyCommand that holds every byte back by
 // DURATION in each direction, without limiting how many are under way.
 package main
@@ -22,6 +25,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -57,7 +61,7 @@ func serverMain(args []string) error {
 	fs := flag.NewFlagSet("server", flag.ContinueOnError)
 	listen := fs.String("listen", "80", "ports and ranges of ports, separated by commas")
 	after := fs.Duration("after", 0, "wait this long before listening")
-	mode := fs.String("mode", "http", "http, echo, close, discard or none")
+	mode := fs.String("mode", "http", "http, echo, once, close, discard or none")
 	name := fs.String("name", host, "who the greeting is from")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -73,19 +77,89 @@ func serverMain(args []string) error {
 	if err != nil {
 		return err
 	}
+	told := make(chan os.Signal, 16)
+	signal.Notify(told, syscall.SIGUSR1, syscall.SIGUSR2)
 	time.Sleep(*after)
 	if serve == nil {
 		select {}
 	}
-	failed := make(chan error)
-	for _, p := range ports {
-		l, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(p)))
+	s := service{ports: ports, serve: serve, failed: make(chan error)}
+	if err := s.begin(); err != nil {
+		return err
+	}
+	for {
+		select {
+		case err := <-s.failed:
+			return err
+		case sig := <-told:
+			if s.end(); sig == syscall.SIGUSR2 {
+				if err := s.begin(); err != nil {
+					return err
+				}
+			}
+		}
+	}
+}
+
+// service listens on its ports between begin and end.
+type service struct {
+	ports     []int
+	serve     func(net.Listener) error
+	listeners []*listener
+	failed    chan error
+}
+
+// listener remembers what it accepted.
+type listener struct {
+	net.Listener
+	mu    sync.Mutex
+	ended bool
+	conns []net.Conn
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended {
+		c.Close()
+	}
+	l.conns = append(l.conns, c)
+	return c, nil
+}
+
+func (s *service) begin() error {
+	for _, p := range s.ports {
+		plain, err := net.Listen("tcp", net.JoinHostPort("", strconv.Itoa(p)))
 		if err != nil {
 			return err
 		}
-		go func() { failed <- serve(l) }()
+		l := &listener{Listener: plain}
+		s.listeners = append(s.listeners, l)
+		go func() {
+			if err := s.serve(l); err != nil && !errors.Is(err, net.ErrClosed) {
+				s.failed <- err
+			}
+		}()
 	}
-	return <-failed
+	return nil
+}
+
+// end ends its connections, too.
+func (s *service) end() {
+	for _, l := range s.listeners {
+		l.Close()
+		l.mu.Lock()
+		l.ended = true
+		for _, c := range l.conns {
+			c.Close()
+		}
+		l.mu.Unlock()
+	}
+	s.listeners = nil
 }
 
 // parsePorts reads "80,81,100-199". Order is kept, a port given twice fails.
@@ -127,6 +201,17 @@ func modeFunc(mode, name string) (func(net.Listener) error, error) {
 		return srv.Serve, nil
 	case "echo":
 		return each(echo), nil
+	case "once":
+		return func(l net.Listener) error {
+			c, err := l.Accept()
+			if err != nil {
+				return err
+			}
+			l.Close()
+			defer c.Close()
+			echo(c.(*net.TCPConn))
+			return nil
+		}, nil
 	case "close":
 		return each(func(*net.TCPConn) {}), nil
 	case "discard":
@@ -134,7 +219,7 @@ func modeFunc(mode, name string) (func(net.Listener) error, error) {
 	case "none":
 		return nil, nil
 	}
-	return nil, fmt.Errorf("-mode %q: want http, echo, close, discard or none", mode)
+	return nil, fmt.Errorf("-mode %q: want http, echo, once, close, discard or none", mode)
 }
 
 // each serves every connection in its own goroutine and closes it afterwards.

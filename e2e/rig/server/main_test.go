@@ -3,10 +3,12 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -86,6 +88,52 @@ func TestEchoPassesHalfCloseOn(t *testing.T) {
 func TestClose(t *testing.T) {
 	if got, err := io.ReadAll(dialMode(t, "close")); err != nil || len(got) != 0 {
 		t.Fatalf("read %q, %v; want EOF", got, err)
+	}
+}
+
+func TestOnce(t *testing.T) {
+	c := dialMode(t, "once")
+	io.WriteString(c, "only")
+	c.CloseWrite()
+	if got, err := io.ReadAll(c); err != nil || string(got) != "only" {
+		t.Fatalf("read %q, %v; want what was sent", got, err)
+	}
+	if second, err := net.Dial("tcp", c.RemoteAddr().String()); err == nil {
+		second.Close()
+		t.Fatal("a second connection was taken")
+	}
+}
+
+func TestServiceEndsAndBegins(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	serve, err := modeFunc("http", "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := service{ports: []int{port}, serve: serve, failed: make(chan error)}
+	for range 3 {
+		if err := s.begin(); err != nil {
+			t.Fatal(err)
+		}
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.end()
+		c.SetReadDeadline(time.Now().Add(30 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("a connection outlives the service: %v", err)
+		}
+		c.Close()
+		if c, err := net.Dial("tcp", l.Addr().String()); err == nil {
+			c.Close()
+			t.Fatal("it listens after its end")
+		}
 	}
 }
 
