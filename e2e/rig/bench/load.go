@@ -24,17 +24,17 @@ const (
 	memoryGoal = 24 << 20
 )
 
-// against measures a rate through rdhpf and through plain ssh in turns, and
-// compares them with the ratio that is the goal.
-func (b *bench) against(figure, unit string, rounds int, goal float64, rate func(addr string) (float64, error)) (row, error) {
-	f, pool, err := b.following(b.env["RIG_HOST"], 1)
+// against measures a rate through rdhpf and through plain ssh in turns, both to an
+// alias of the rig, and compares their ratio with the goal.
+func (b *bench) against(alias, figure, unit string, rounds int, goal float64, rate func(addr string) (float64, error)) (row, error) {
+	f, pool, err := b.following(b.env["RIG_HOST"]+alias, 1)
 	if err != nil {
 		return row{}, err
 	}
 	defer f.stop()
 	addr := pool[0].addrs[0]
 	_, port, _ := net.SplitHostPort(addr)
-	p, err := b.plainForward(port)
+	p, err := b.plainForward(alias, port)
 	if err != nil {
 		return row{}, err
 	}
@@ -59,13 +59,13 @@ func (b *bench) against(figure, unit string, rounds int, goal float64, rate func
 }
 
 func (b *bench) throughput() ([]row, error) {
-	down, err := b.against("download of 256 MiB", "MiB/s", b.times(5), dataGoal, download)
+	down, err := b.against("", "download of 256 MiB", "MiB/s", b.times(5), dataGoal, download)
 	if err != nil {
 		return nil, err
 	}
 	down.note = "The ratio is the median of those of the rounds. The ssh -L has a session open, as rdhpf has: " +
 		"without one the server leaves TCP_NODELAY off."
-	up, err := b.against("upload of 256 MiB", "MiB/s", b.times(5), dataGoal, upload)
+	up, err := b.against("", "upload of 256 MiB", "MiB/s", b.times(5), dataGoal, upload)
 	return []row{down, up}, err
 }
 
@@ -119,9 +119,16 @@ func exchange(addr, head string, send, least int) (float64, error) {
 }
 
 func (b *bench) connections() (rows []row, err error) {
-	for _, at := range []int{1, 4} {
-		r, err := b.against(fmt.Sprintf("connections with a request, %d at a time", at), "/s", b.times(15), connGoal,
-			func(addr string) (float64, error) { return connectionRate(addr, at) })
+	for _, c := range []struct {
+		alias, where  string
+		at, all, runs int
+	}{
+		{"", "", 1, 400, 15},
+		{"", "", 4, 400, 15},
+		{"-delay", " over 25 ms each way", 4, 80, 3},
+	} {
+		r, err := b.against(c.alias, fmt.Sprintf("connections with a request, %d at a time%s", c.at, c.where), "/s", b.times(c.runs), connGoal,
+			func(addr string) (float64, error) { return connectionRate(addr, c.at, c.all) })
 		if err != nil {
 			return nil, err
 		}
@@ -131,14 +138,13 @@ func (b *bench) connections() (rows []row, err error) {
 }
 
 // connectionRate is connections a second, each with an answer to GET.
-func connectionRate(addr string, at int) (_ float64, err error) {
-	const all = 400
+func connectionRate(addr string, at, all int) (_ float64, err error) {
 	var next atomic.Int64
 	failed := make(chan error, at)
 	began := time.Now()
 	for range at {
 		go func() {
-			for next.Add(1) <= all {
+			for next.Add(1) <= int64(all) {
 				if err := look(addr); err != nil {
 					failed <- err
 					return
@@ -150,7 +156,7 @@ func connectionRate(addr string, at int) (_ float64, err error) {
 	for range at {
 		err = errors.Join(err, <-failed)
 	}
-	return all / time.Since(began).Seconds(), err
+	return float64(all) / time.Since(began).Seconds(), err
 }
 
 func (b *bench) idle() ([]row, error) {

@@ -102,10 +102,10 @@ type plain struct {
 // plainForward has a session that does nothing, as rdhpf has one to the engine:
 // without any the server leaves TCP_NODELAY off, and the comparison would
 // flatter rdhpf.
-func (b *bench) plainForward(remotePort string) (*plain, error) {
+func (b *bench) plainForward(alias, remotePort string) (*plain, error) {
 	p := &plain{b: b, addr: local(b.base + portsNeed - 1)}
 	p.cmd = b.ssh("-T", "-o", "ExitOnForwardFailure=yes", "-o", "BatchMode=yes",
-		"-L", p.addr+":127.0.0.1:"+remotePort, b.env["RIG_HOST"], "cat")
+		"-L", p.addr+":127.0.0.1:"+remotePort, b.env["RIG_HOST"]+alias, "cat")
 	p.cmd.Stderr = os.Stderr
 	var err error
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {
