@@ -107,7 +107,7 @@ func run(ctx context.Context, o runOptions) error {
 	if err := p.check(); err != nil {
 		return err
 	}
-	runtime.GOMAXPROCS(1)  // there is little to do, and each additional P costs memory
+	runtime.GOMAXPROCS(1)  // ssh, which encrypts on one core, is slower; more would cost memory
 	debug.SetGCPercent(50) // there is little garbage, too
 	ssh, err := findSSH()
 	if err != nil {
