@@ -41,10 +41,9 @@ func holdingOf(t *testing.T, pid int) holding {
 // returnsTo waits until the run and its ssh hold no more than before.
 func (p *runProc) returnsTo(before, master holding) {
 	p.t.Helper()
-	const prepared = 2 * 5 // descriptors of the streams that are kept for the next connections
 	eventually(p.t, "all that was taken is given back", func() error {
 		now, ssh := p.holds()
-		if now.fds > before.fds+prepared+2 || now.children > before.children || ssh.fds > master.fds+4 {
+		if now.fds > before.fds+2 || now.children > before.children || ssh.fds > master.fds+2 {
 			return fmt.Errorf("run %+v, ssh %+v; before %+v, %+v", now, ssh, before, master)
 		}
 		return nil
