@@ -1,9 +1,11 @@
 package main
 
 import (
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -51,4 +53,29 @@ func needTool(t *testing.T, name string) {
 		}
 		t.Skipf("%s is not installed", name)
 	}
+}
+
+// serveEach serves the connections of a listener, each in a goroutine of its own, until the test ends, and closes them.
+func serveEach(t *testing.T, l net.Listener, serve func(net.Conn)) {
+	var all sync.WaitGroup
+	all.Add(1)
+	go func() {
+		defer all.Done()
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			all.Add(1)
+			go func() {
+				defer all.Done()
+				defer c.Close()
+				serve(c)
+			}()
+		}
+	}()
+	t.Cleanup(func() {
+		l.Close()
+		all.Wait()
+	})
 }

@@ -34,27 +34,7 @@ func peer(t *testing.T, serve func(*net.TCPConn)) netip.AddrPort {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var wg sync.WaitGroup
-	wg.Add(1)
-	go func() {
-		defer wg.Done()
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			wg.Add(1)
-			go func() {
-				defer wg.Done()
-				defer c.Close()
-				serve(c.(*net.TCPConn))
-			}()
-		}
-	}()
-	t.Cleanup(func() {
-		l.Close()
-		wg.Wait()
-	})
+	serveEach(t, l, func(c net.Conn) { serve(c.(*net.TCPConn)) })
 	return l.Addr().(*net.TCPAddr).AddrPort()
 }
 

@@ -139,40 +139,25 @@ func muxFake(t *testing.T, hello []byte, answer func(typ, id uint32) []byte) (pa
 	if err != nil {
 		t.Fatal(err)
 	}
-	var all sync.WaitGroup
-	t.Cleanup(func() { l.Close(); all.Wait() })
-	all.Add(1)
-	go func() {
-		defer all.Done()
+	serveEach(t, l, func(c net.Conn) {
+		c.SetDeadline(time.Now().Add(patience))
+		c.Write(hello)
+		var head [12]byte
+		if _, err := io.ReadFull(c, head[:]); err != nil {
+			return
+		}
 		for {
-			c, err := l.Accept()
-			if err != nil {
+			if _, err := io.ReadFull(c, head[:]); err != nil {
 				return
 			}
-			all.Add(1)
-			go func() {
-				defer all.Done()
-				defer c.Close()
-				c.SetDeadline(time.Now().Add(patience))
-				c.Write(hello)
-				var head [12]byte
-				if _, err := io.ReadFull(c, head[:]); err != nil {
-					return
-				}
-				for {
-					if _, err := io.ReadFull(c, head[:]); err != nil {
-						return
-					}
-					io.CopyN(io.Discard, c, int64(binary.BigEndian.Uint32(head[:]))-8)
-					b := answer(binary.BigEndian.Uint32(head[4:]), binary.BigEndian.Uint32(head[8:]))
-					if b == nil {
-						return
-					}
-					c.Write(b)
-				}
-			}()
+			io.CopyN(io.Discard, c, int64(binary.BigEndian.Uint32(head[:]))-8)
+			b := answer(binary.BigEndian.Uint32(head[4:]), binary.BigEndian.Uint32(head[8:]))
+			if b == nil {
+				return
+			}
+			c.Write(b)
 		}
-	}()
+	})
 	return path
 }
 
@@ -253,11 +238,8 @@ func streamFake(t *testing.T, l net.Listener, greet func(c *net.UnixConn), serve
 	if greet == nil {
 		greet = func(c *net.UnixConn) { c.Write(newMuxFrame(muxHello).u32(muxVersion).bytes()) }
 	}
-	var all sync.WaitGroup
-	t.Cleanup(func() { l.Close(); all.Wait() })
-	one := func(c *net.UnixConn) {
-		defer all.Done()
-		defer c.Close()
+	serveEach(t, l, func(conn net.Conn) {
+		c := conn.(*net.UnixConn)
 		c.SetDeadline(time.Now().Add(patience))
 		greet(c)
 		var head [12]byte
@@ -301,19 +283,7 @@ func streamFake(t *testing.T, l net.Listener, greet func(c *net.UnixConn), serve
 			t.Errorf("request %d of type 0x%08x", id, typ)
 		}
 		serve(c, to, ends[0], ends[1])
-	}
-	all.Add(1)
-	go func() {
-		defer all.Done()
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			all.Add(1)
-			go one(c.(*net.UnixConn))
-		}
-	}()
+	})
 }
 
 func listenFake(t *testing.T) (l net.Listener, path string) {
