@@ -126,7 +126,6 @@ func (l *link) run() error {
 // watch checks that the master is alive and its control socket in place. It
 // returns when that fails.
 func (m *master) watch(ctx context.Context) error {
-	conn := m.first
 	tick := time.NewTimer(untilBeat())
 	defer tick.Stop()
 	for {
@@ -139,15 +138,7 @@ func (m *master) watch(ctx context.Context) error {
 		if replaced(m.control, m.socket) {
 			return fmt.Errorf("%s was removed or replaced", m.control)
 		}
-		asked := time.Now()
-		_, err := conn.alive(muxTimeout)
-		if err != nil && time.Since(asked) > 2*muxTimeout { // we were the ones suspended
-			if conn, err = muxDial(m.control, muxTimeout); err == nil {
-				defer conn.Close()
-				_, err = conn.alive(muxTimeout)
-			}
-		}
-		if err != nil {
+		if err := m.alive(); err != nil {
 			return fmt.Errorf("%w: %w", errMaster, err)
 		}
 	}
@@ -454,7 +445,7 @@ func (d *door) carry(local *net.TCPConn) {
 		d.count(&d.meter.in, n)
 		d.answered()
 	})
-	if err == nil && !m.survives(s) {
+	if err == nil && m.alive() != nil { // the service did not cause that end
 		local.SetLinger(0)
 	} else if err == nil {
 		if empty && !clientEnded.Load() && time.Since(opened) < earlyEnd {
@@ -470,20 +461,6 @@ func (d *door) carry(local *net.TCPConn) {
 	s.Close()
 	local.Close()
 	<-sent
-}
-
-// survives reports whether the master has outlived the end of a stream's output;
-// if not, the service did not cause that end. Only an answer proves it: when a
-// process dies, Linux closes its descriptors in any order.
-func (m *master) survives(s *muxStream) bool {
-	if _, err := s.mux.alive(muxTimeout); err == nil {
-		return true
-	}
-	conn, err := muxDial(m.control, muxTimeout) // the master closes streams that have ended both ways
-	if err == nil {
-		conn.Close()
-	}
-	return err == nil
 }
 
 // send copies from the client to the service. The client's EOF closes that
@@ -729,7 +706,7 @@ func (l *link) hold(ctx context.Context, m *master, s *muxStream) probeResult {
 		switch {
 		case n > 0:
 			return probeAnswered
-		case ctx.Err() != nil || !errors.Is(err, os.ErrDeadlineExceeded) && !m.survives(s):
+		case ctx.Err() != nil || !errors.Is(err, os.ErrDeadlineExceeded) && m.alive() != nil:
 			return probeUnknown
 		case !errors.Is(err, os.ErrDeadlineExceeded):
 			return probeSilent

@@ -72,11 +72,14 @@ func handMaster(t *testing.T, serve func(c *net.UnixConn, to string, in, out *os
 	var mu sync.Mutex
 	var ends []io.Closer
 	ending := false
-	streamFake(t, l, func(c *net.UnixConn) {
+	streamFake(t, l, func(c *net.UnixConn, b []byte) {
 		mu.Lock()
 		defer mu.Unlock()
-		if ends = append(ends, c); !ending {
-			c.Write(newMuxFrame(muxHello).u32(muxVersion).bytes())
+		if !slices.Contains(ends, io.Closer(c)) {
+			ends = append(ends, c)
+		}
+		if !ending {
+			c.Write(b)
 		}
 	}, func(c *net.UnixConn, to string, in, out *os.File) {
 		mu.Lock()
@@ -89,7 +92,7 @@ func handMaster(t *testing.T, serve func(c *net.UnixConn, to string, in, out *os
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { first.Close() })
-	m = &master{control: path, first: first, dials: make(chan struct{}, maxDials), done: make(chan struct{})}
+	m = &master{control: path, asked: first, dials: make(chan struct{}, maxDials), done: make(chan struct{})}
 	end = sync.OnceFunc(func() {
 		mu.Lock()
 		ending = true
@@ -444,10 +447,10 @@ func TestDialsAtOnce(t *testing.T) {
 	l, path := listenFake(t)
 	var knocking atomic.Int32
 	greet := make(chan struct{})
-	streamFake(t, l, func(c *net.UnixConn) {
+	streamFake(t, l, func(c *net.UnixConn, b []byte) {
 		knocking.Add(1)
 		<-greet
-		c.Write(newMuxFrame(muxHello).u32(muxVersion).bytes())
+		c.Write(b)
 	}, func(c *net.UnixConn, _ string, in, _ *os.File) {
 		answerOpened(c)
 		io.Copy(io.Discard, in)

@@ -230,18 +230,18 @@ func TestMuxHostileReplies(t *testing.T) {
 	}
 }
 
-// streamFake stands in for a master that is asked for streams, each on a connection of its own. It greets as greet does, or
-// as it should where that is nil; serve gets the connection with the ends that came along: of what is sent to the service,
-// and of what is got from there.
-func streamFake(t *testing.T, l net.Listener, greet func(c *net.UnixConn), serve func(c *net.UnixConn, to string, in, out *os.File)) {
+// streamFake stands in for a master that is asked for streams, each on a connection of its own, and whether it is alive. It
+// writes its greeting and its signs of life with say, where that is not nil; serve gets the connection with the ends that
+// came along: of what is sent to the service, and of what is got from there.
+func streamFake(t *testing.T, l net.Listener, say func(c *net.UnixConn, b []byte), serve func(c *net.UnixConn, to string, in, out *os.File)) {
 	t.Helper()
-	if greet == nil {
-		greet = func(c *net.UnixConn) { c.Write(newMuxFrame(muxHello).u32(muxVersion).bytes()) }
+	if say == nil {
+		say = func(c *net.UnixConn, b []byte) { c.Write(b) }
 	}
 	serveEach(t, l, func(conn net.Conn) {
 		c := conn.(*net.UnixConn)
 		c.SetDeadline(time.Now().Add(patience))
-		greet(c)
+		say(c, newMuxFrame(muxHello).u32(muxVersion).bytes())
 		var head [12]byte
 		if _, err := io.ReadFull(c, head[:]); err != nil {
 			return
@@ -255,6 +255,12 @@ func streamFake(t *testing.T, l net.Listener, greet func(c *net.UnixConn), serve
 		body := make([]byte, binary.BigEndian.Uint32(head[:]))
 		if _, err := io.ReadFull(c, body); err != nil {
 			return
+		}
+		for alive := make([]byte, 12); binary.BigEndian.Uint32(body) == muxAliveCheck; copy(body[4:], alive[8:]) {
+			say(c, newMuxFrame(muxAlive).u32(binary.BigEndian.Uint32(body[4:])).u32(uint32(os.Getpid())).bytes())
+			if _, err := io.ReadFull(c, alive); err != nil {
+				return
+			}
 		}
 		var ends [2]*os.File
 		for i := range ends {
@@ -346,7 +352,7 @@ func TestMuxStreamHostile(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			l, path := listenFake(t)
 			done := make(chan struct{})
-			streamFake(t, l, func(c *net.UnixConn) { c.Write(tt.hello) }, func(c *net.UnixConn, _ string, _, _ *os.File) {
+			streamFake(t, l, func(c *net.UnixConn, _ []byte) { c.Write(tt.hello) }, func(c *net.UnixConn, _ string, _, _ *os.File) {
 				c.Write(tt.answer)
 				if tt.hangs {
 					<-done
@@ -378,7 +384,7 @@ func TestMuxStreamHostile(t *testing.T) {
 func TestMuxStreamAdmitted(t *testing.T) {
 	l, path := listenFake(t)
 	asked, greet := make(chan struct{}), make(chan struct{})
-	streamFake(t, l, func(*net.UnixConn) {}, func(c *net.UnixConn, _ string, _, _ *os.File) {
+	streamFake(t, l, func(*net.UnixConn, []byte) {}, func(c *net.UnixConn, _ string, _, _ *os.File) {
 		close(asked)
 		<-greet
 		c.Write(newMuxFrame(muxHello).u32(muxVersion).bytes())

@@ -81,13 +81,15 @@ type master struct {
 	cmd     *exec.Cmd
 	done    chan struct{} // closed when the process has been waited for
 
-	first    *muxConn                // the connection on which the master first answered
 	dials    chan struct{}           // semaphore for concurrent dials
 	refusals [nOutcomes]atomic.Int64 // streams that could not be opened, according to ssh's stderr
 	probes   sync.RWMutex            // read-held by probes in progress
 
 	mu   sync.Mutex
 	said []string // the last lines on stderr
+
+	asking sync.Mutex
+	asked  *muxConn // for alive; closed once the master has not answered
 }
 
 // connectError is the reason that a connection could not be made. If stubborn is
@@ -164,13 +166,42 @@ func (m *master) awaitReady(ctx context.Context) error {
 		}
 		pid, err := conn.alive(muxTimeout)
 		if err == nil && pid == m.cmd.Process.Pid {
-			m.socket, m.first = info, conn
+			m.socket, m.asked = info, conn
 			return nil
 		}
 		conn.Close()
 		if err == nil {
 			return fmt.Errorf("another ssh (pid %d) answers on %s", pid, m.control)
 		}
+	}
+}
+
+// alive returns an error if the master does not answer. Nothing less proves that it
+// outlived the end of a stream: when a process dies, Linux closes its descriptors in
+// any order.
+func (m *master) alive() error {
+	m.asking.Lock()
+	defer m.asking.Unlock()
+	began := time.Now()
+	_, err := m.asked.alive(muxTimeout)
+	if err != nil && time.Since(began) > 2*muxTimeout { // we were the ones suspended
+		if conn, dialErr := muxDial(m.control, muxTimeout); dialErr == nil {
+			m.asked.Close()
+			m.asked = conn
+			_, err = conn.alive(muxTimeout)
+		}
+	}
+	if err != nil {
+		m.asked.Close() // others that ask fail at once
+	}
+	return err
+}
+
+func (m *master) stopAsking() {
+	m.asking.Lock()
+	defer m.asking.Unlock()
+	if m.asked != nil {
+		m.asked.Close()
 	}
 }
 
@@ -265,9 +296,7 @@ func (m *master) exitError() error {
 
 // stop ends the master and its children, and removes its socket.
 func (m *master) stop() {
-	if m.first != nil {
-		defer m.first.Close()
-	}
+	defer m.stopAsking()
 	m.signal(syscall.SIGTERM)
 	select {
 	case <-m.done:
