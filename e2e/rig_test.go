@@ -449,15 +449,36 @@ func (b *box) inspect() (started time.Time, port int) {
 	return is.State.StartedAt, port
 }
 
-var nextPort = 24000 + os.Getpid()%800*10
+// The ports of this test process: up to 32768, from where the kernel hands them out.
+const blockSize = 2000
+
+var (
+	firstPort, nextPort int
+	portsClaim          net.Listener
+)
+
+// claimPorts claims a block of ports, by listening on its first: other test processes
+// may run beside this one.
+var claimPorts = sync.OnceFunc(func() {
+	for first := 24000; first+blockSize <= 32000; first += blockSize {
+		var err error
+		if portsClaim, err = net.Listen("tcp", localAddr(first)); err == nil {
+			firstPort, nextPort = first+1, first+1
+			return
+		}
+	}
+})
 
 // freePorts returns the first of n ports in a row that are free here, and in the
-// rig, where nothing else is in that range. No port is given out twice.
+// rig, where nothing else is in that range.
 func freePorts(t *testing.T, n int) int {
 	t.Helper()
-	for tried := 0; tried < 8000; tried++ {
-		if nextPort+n > 32000 { // from 32768 on the kernel hands them out
-			nextPort = 24000
+	if claimPorts(); firstPort == 0 {
+		t.Fatal("other tests hold all blocks of ports")
+	}
+	for range blockSize {
+		if nextPort+n > firstPort-1+blockSize {
+			nextPort = firstPort
 		}
 		first, free := nextPort, 0
 		for free < n && locallyFree(first+free) {
