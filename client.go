@@ -151,16 +151,48 @@ func findTarget(hostFlag string) (target, error) {
 	if err != nil {
 		return target{}, err
 	}
-	h, err := resolveHost(hostFlag, os.Getenv, home)
-	switch {
-	case err == nil:
-		return target{dir, &h}, nil
-	case errors.Is(err, errNoHost):
+	h, err := findHost(hostFlag, dir, home)
+	if errors.Is(err, errNoHost) {
 		return target{dir: dir}, nil
-	case hostFlag != "":
-		return target{}, usageError{err}
+	} else if err != nil {
+		return target{}, err
 	}
-	return target{}, err
+	return target{dir, &h}, nil
+}
+
+// findHost finds the host that a flag or else Docker's environment and configuration name. A DOCKER_HOST that is an
+// instance's socket for the engine means that instance's host.
+func findHost(hostFlag, dir, home string) (host, error) {
+	if path, ok := strings.CutPrefix(os.Getenv("DOCKER_HOST"), "unix://"); ok && hostFlag == "" {
+		if base, ok := strings.CutSuffix(filepath.Clean(path), ".docker.sock"); ok && filepath.Dir(base) == filepath.Clean(dir) {
+			return hostServedAt(pathsAt(dir, base))
+		}
+	}
+	h, err := resolveHost(hostFlag, os.Getenv, home)
+	if err != nil && hostFlag != "" {
+		err = usageError{err}
+	}
+	return h, err
+}
+
+// hostServedAt returns the host of the instance whose files are at p, which its state file or else the instance tells.
+func hostServedAt(p paths) (host, error) {
+	snap, _, err := readState(p.state)
+	if err != nil {
+		snap = &snapshot{}
+		err = call(p.socket, "status", snap)
+	}
+	var h host
+	if err == nil {
+		h, err = parseHost(snap.Host)
+	}
+	if err == nil && pathsFor(p.dir, h.String()) != p {
+		err = fmt.Errorf("that of %s has another path", h)
+	}
+	if err != nil {
+		return host{}, fmt.Errorf("DOCKER_HOST is %s, the socket of no known instance: unset it or use -host (%w)", p.docker, err)
+	}
+	return h, nil
 }
 
 // one returns the files of the instance meant by a command that is about only one. With waits, the instance of a host

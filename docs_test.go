@@ -36,6 +36,7 @@ func protocolSnap() *snapshot {
 	event, verified, used := at("15:01:23"), at("15:04:00"), at("15:04:10")
 	return &snapshot{Version: stateVersion, Host: "ssh://user@example.com", PID: 4242, StartedAt: at("15:00:00"),
 		Connection: connection{State: connected, Since: at("15:00:01")}, Engine: "Docker/20.10.24 (linux)", LastEventAt: &event,
+		DockerSocket: "/home/me/.rdhpf/WHhNu7djKMsZ.docker.sock", RemoteDockerSocket: "/var/run/docker.sock",
 		Warnings: []string{},
 		Forwards: []forwardInfo{
 			{ContainerID: "abc123def456", LocalPort: 8080, RemotePort: 8080, Status: active, CreatedAt: event, UpdatedAt: at("15:01:24"),
@@ -161,7 +162,7 @@ func TestProtocolNames(t *testing.T) {
 		methods = append(methods, row[1])
 		c.asks(`{"jsonrpc":"2.0","id":1,"method":"`+row[1]+`","params":["x"]}`, `"code":-32602`)
 	}
-	if want := []string{"status", "health", "verify", "pause", "resume", "reload", "stop", "subscribe"}; !slices.Equal(methods, want) {
+	if want := []string{"status", "health", "verify", "settle", "pause", "resume", "reload", "stop", "subscribe"}; !slices.Equal(methods, want) {
 		t.Errorf("docs/protocol.md has the methods %q, want %q", methods, want)
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +21,7 @@ import (
 // paths are the files of the instance for one host.
 type paths struct {
 	dir, lock, state, socket, control string
+	docker, engine                    string // the engine's socket for tools; ssh's forward of it
 }
 
 // stateDir returns $RDHPF_DIR, or ~/.rdhpf if that is not set.
@@ -43,7 +45,7 @@ func pathsFor(dir, host string) paths { return pathsAt(dir, filepath.Join(dir, h
 
 // pathsAt returns the paths that share the prefix base.
 func pathsAt(dir, base string) paths {
-	return paths{dir, base + ".lock", base + ".state.json", base + ".sock", base + ".ctl"}
+	return paths{dir, base + ".lock", base + ".state.json", base + ".sock", base + ".ctl", base + ".docker.sock", base + ".engine"}
 }
 
 // check returns an error if the path of a socket is too long. The limit is 107 bytes on Linux and 103 elsewhere, and ssh
@@ -56,7 +58,7 @@ func (p paths) check() error {
 	for _, c := range []struct {
 		path  string
 		limit int
-	}{{p.control, limit - 17}, {p.socket, limit}} {
+	}{{p.control, limit - 17}, {p.docker, limit}} {
 		if len(c.path) > c.limit {
 			return fmt.Errorf("the socket path %s is %d bytes long, but at most %d are allowed: set RDHPF_DIR to a shorter path", c.path, len(c.path), c.limit)
 		}
@@ -103,8 +105,11 @@ func (held *heldError) Error() string {
 	return s + " (rdhpf status shows what it is doing, rdhpf stop stops it)"
 }
 
-// lockInstance takes the lock for the life of the process. The file is never renamed or removed. The lock belongs to the
-// process, which must not open the file a second time: closing that descriptor would release the lock.
+// ownLock is the lock that this process took last. It belongs to the process, which must not open the file a second time:
+// closing that descriptor would release the lock.
+var ownLock atomic.Pointer[os.File]
+
+// lockInstance takes the lock for the life of the process. The file is never renamed or removed.
 func lockInstance(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -113,6 +118,7 @@ func lockInstance(path string) (*os.File, error) {
 	for {
 		err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
 		if err == nil {
+			ownLock.Store(f)
 			return f, nil
 		}
 		held := false
@@ -141,6 +147,11 @@ func lockHolder(f *os.File) (pid int, held bool, err error) {
 
 // lockedBy reports whether a live instance holds the lock, and its pid (0 if unknown). It never takes the lock.
 func lockedBy(path string) (pid int, held bool, err error) {
+	if own := ownLock.Load(); own != nil && own.Name() == path {
+		if _, err := own.Stat(); err == nil { // it is open
+			return os.Getpid(), true, nil
+		}
+	}
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, false, nil

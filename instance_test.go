@@ -79,7 +79,7 @@ func TestPaths(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	seen := make(map[string]bool)
-	for _, f := range []string{p.lock, p.state, p.socket, p.control} {
+	for _, f := range []string{p.lock, p.state, p.socket, p.control, p.docker, p.engine} {
 		if seen[f] {
 			t.Errorf("%s twice", f)
 		}
@@ -118,8 +118,8 @@ func TestPathsCheck(t *testing.T) {
 		}
 	}
 	p = pathsFor("/d", "ssh://h")
-	p.socket = "/" + strings.Repeat("s", socket)
-	if err := p.check(); err == nil || !strings.Contains(err.Error(), p.socket) {
+	p.docker = "/" + strings.Repeat("s", socket)
+	if err := p.check(); err == nil || !strings.Contains(err.Error(), p.docker) {
 		t.Errorf("socket of %d bytes: %v", socket+1, err)
 	}
 }

@@ -113,6 +113,9 @@ func (l *link) run() error {
 	start(func() error { return m.watch(ctx) })
 	start(func() error { return l.keepListing(ctx, m, listed) })
 	start(func() error { return l.keepFollowing(ctx, m, listed) })
+	if l.r.docker {
+		start(func() error { return l.routeEngine(ctx, m, listed) })
+	}
 	<-ctx.Done()
 	// If the master exited, others may have noticed first; it knows the cause.
 	select {

@@ -4,7 +4,10 @@ Rdhpf forwards the ports that containers publish on a remote Docker host to loca
 Usage:
 
 	rdhpf run [-host HOST] [-map PUBLISHED=LOCAL,…] [-skip PORTS] [-only PORTS] [-no-probe PORTS]
-	          [-bind ADDRESSES] [-retry] [-log-level debug|info|warn|error] [-log-format text|json]
+	          [-bind ADDRESSES] [-no-docker-socket] [-retry]
+	          [-quiet] [-log-level debug|info|warn|error] [-log-format text|json]
+	rdhpf run [-wait TIME] [other flags] -- COMMAND [ARGUMENT…]
+	rdhpf env [-host HOST] [-shell sh|fish] [-json] [-unset]
 	rdhpf status [-host HOST] [-wide] [-json] [-watch]
 	rdhpf status [-host HOST] [-wide] [-json] -wait TIME [PORT…]
 	rdhpf health | pause | resume | reload | stop [-host HOST] [-json]
@@ -25,6 +28,16 @@ PORTS is a list of ports and ranges, such as 22,8000-8099.
 	-no-probe PORTS       never probe these ports to see whether they answer, for
 	                      programs that accept a single connection; the label
 	                      rdhpf.probe=false on a container does the same
+
+Run also serves the remote engine on a local socket, so that docker, compose and test
+libraries use it as if it were here; -no-docker-socket leaves that out. Env prints the
+variables that tools need for it: eval "$(rdhpf env)". A container's ports are open by the
+time docker run or start returns.
+
+With a command, run waits until it is connected and the ports are open, or with -wait
+until they are active; it then runs the command with these variables and exits with its
+status (128 plus the number of a signal that ended it). If an instance for the host is
+running already, it is used and left running; otherwise one runs for as long as the command.
 
 config.json can hold the same settings, for all hosts and for single ones. Flags
 take precedence, and reload rereads the file:
@@ -61,6 +74,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -78,6 +92,7 @@ func main() {
 	err := command(os.Args[1:])
 	var usage usageError
 	var absent *errNotRunning
+	var ended *commandEnd
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
 	case errors.As(err, &absent):
@@ -87,6 +102,11 @@ func main() {
 		os.Exit(exitNotRunning)
 	case errors.Is(err, errUnhealthy):
 		os.Exit(exitFailure)
+	case errors.As(err, &ended):
+		if ended.error != nil {
+			fmt.Fprintf(os.Stderr, "rdhpf: %v\n", ended.error)
+		}
+		os.Exit(ended.status)
 	case errors.As(err, &usage):
 		fmt.Fprintf(os.Stderr, "rdhpf: %v\n", err)
 		os.Exit(exitUsage)
@@ -99,6 +119,8 @@ func main() {
 const usage = `rdhpf forwards the published ports of a remote Docker host to localhost.
 
   rdhpf run -host ssh://user@host   forward ports until interrupted
+  rdhpf run -- COMMAND              run a command that uses the remote engine and its ports
+  rdhpf env                         print the variables with which docker uses the remote engine
   rdhpf status                      show what is forwarded, and why something is not
   rdhpf health                      exit with 0 if everything works, else say what does not
   rdhpf pause, rdhpf resume         close all local ports, open them again
@@ -119,6 +141,8 @@ func command(args []string) error {
 		return runCommand(args[1:])
 	case "status":
 		return statusCommand(args[1:])
+	case "env":
+		return envCommand(args[1:])
 	case "health", "pause", "resume", "reload", "stop":
 		return tellCommand(args[0], args[1:])
 	case "version", "-version", "--version":
@@ -171,42 +195,79 @@ func parseFlagsAndArgs(f *flag.FlagSet, args []string) error {
 	return nil
 }
 
-func runCommand(args []string) error {
+// runFlags are the flags of run, checked.
+type runFlags struct {
+	runOptions
+	level   slog.Level
+	format  string
+	command []string // to run; nil: none
+	wait    time.Duration
+}
+
+func parseRunFlags(args []string) (r runFlags, err error) {
 	f := flag.NewFlagSet("run", flag.ContinueOnError)
 	hostFlag := f.String("host", "", "remote Docker `host`: ssh://[user@]host[:port][/socket] (default: the one docker uses)")
-	flags := config{mapped: make(map[uint16]uint16)}
-	f.Func("bind", "local `addresses` to listen on, separated by commas (default 127.0.0.1,::1)", addAddresses(&flags.bind))
-	f.Func("map", "`published=local`: forward to another local port; separate several with commas", addMaps(flags.mapped))
-	f.Func("skip", "`ports` not to forward, such as 22,8000-8099", addRanges(&flags.skip))
-	f.Func("only", "forward only these `ports`", addRanges(&flags.only))
-	f.Func("no-probe", "never probe these `ports`, for programs that accept a single connection", addRanges(&flags.noProbe))
-	retry := f.Bool("retry", false, "keep trying when the first connection fails")
-	level := slog.LevelInfo
-	f.TextVar(&level, "log-level", slog.LevelInfo, "print messages of this `level` and above: debug, info, warn or error")
-	format := f.String("log-format", "text", "`format` of the messages: text or json")
-	if err := parseFlags(f, args); err != nil {
-		return err
+	r.flags = config{mapped: make(map[uint16]uint16)}
+	f.Func("bind", "local `addresses` to listen on, separated by commas (default 127.0.0.1,::1)", addAddresses(&r.flags.bind))
+	f.Func("map", "`published=local`: forward to another local port; separate several with commas", addMaps(r.flags.mapped))
+	f.Func("skip", "`ports` not to forward, such as 22,8000-8099", addRanges(&r.flags.skip))
+	f.Func("only", "forward only these `ports`", addRanges(&r.flags.only))
+	f.Func("no-probe", "never probe these `ports`, for programs that accept a single connection", addRanges(&r.flags.noProbe))
+	noDocker := f.Bool("no-docker-socket", false, "do not serve the remote engine on a local socket")
+	f.BoolVar(&r.retry, "retry", false, "keep trying when the first connection fails")
+	f.DurationVar(&r.wait, "wait", 0, "before running a command, wait up to this `time` until all ports are active")
+	f.TextVar(&r.level, "log-level", slog.LevelInfo, "print messages of this `level` and above: debug, info, warn or error")
+	f.StringVar(&r.format, "log-format", "text", "`format` of the messages: text or json")
+	quiet := f.Bool("quiet", false, "print only errors, as -log-level error does")
+	if err := parseFlagsAndArgs(f, args); err != nil {
+		return r, err
 	}
-	if *format != "text" && *format != "json" {
-		return usageError{fmt.Errorf("-log-format %q: want text or json", *format)}
+	if r.docker = !*noDocker; *quiet {
+		r.level = slog.LevelError
+	}
+	r.command = f.Args()
+	isCommand := len(args) > f.NArg() && args[len(args)-f.NArg()-1] == "--"
+	switch {
+	case !isCommand && f.NArg() > 0:
+		err = fmt.Errorf("unexpected argument %q: see rdhpf run -h (a command to run follows --)", f.Arg(0))
+	case isCommand && f.NArg() == 0:
+		err = errors.New("-- is followed by no command")
+	case !isCommand && r.wait != 0:
+		err = errors.New("-wait needs a command to run: rdhpf run -wait 30s -- COMMAND")
+	case r.wait < 0:
+		err = errors.New("-wait wants a positive time, like 30s")
+	case r.format != "text" && r.format != "json":
+		err = fmt.Errorf("-log-format %q: want text or json", r.format)
+	}
+	if err != nil {
+		return r, usageError{err}
 	}
 	home, _ := os.UserHomeDir()
-	h, err := resolveHost(*hostFlag, os.Getenv, home)
-	if err != nil && *hostFlag != "" {
-		return usageError{err}
-	} else if err != nil {
-		return err
+	if r.dir, err = stateDir(os.Getenv, home); err != nil {
+		return r, err
 	}
-	dir, err := stateDir(os.Getenv, home)
+	r.host, err = findHost(*hostFlag, r.dir, home)
+	return r, err
+}
+
+func runCommand(args []string) error {
+	r, err := parseRunFlags(args)
 	if err != nil {
 		return err
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	stopOnSignal(stop)
-	log, end := newLogger(os.Stderr, level, *format, func(error) { stop() })
+	log, end := newLogger(os.Stderr, r.level, r.format, func(error) {
+		if r.command == nil {
+			stop()
+		}
+	})
 	defer end()
-	return run(ctx, runOptions{host: h, dir: dir, flags: flags, retry: *retry, log: log})
+	if r.log = log; r.command != nil {
+		return runAround(r.runOptions, r.command, r.wait)
+	}
+	stopOnSignal(stop)
+	return run(ctx, r.runOptions)
 }
 
 // stopOnSignal calls stop on the first signal and ends the process on the second. Once it has returned, a first signal

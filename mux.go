@@ -66,18 +66,27 @@ func muxDial(path string, timeout time.Duration) (*muxConn, error) {
 
 // muxConnect connects to the control socket at path without sending a greeting.
 func muxConnect(ctx context.Context, path string) (*muxConn, error) {
+	conn, err := dialMaster(ctx, path)
+	if err != nil {
+		return nil, fmt.Errorf("connect to the ssh control socket: %w", err)
+	}
+	return &muxConn{conn: conn, r: bufio.NewReaderSize(conn, muxBuffer)}, nil
+}
+
+// dialMaster connects to a socket on which the master listens.
+func dialMaster(ctx context.Context, path string) (*net.UnixConn, error) {
 	var d net.Dialer
 	for wait := time.Millisecond; ; wait *= 2 {
 		conn, err := d.DialContext(ctx, "unix", path)
 		if err == nil {
-			return &muxConn{conn: conn.(*net.UnixConn), r: bufio.NewReaderSize(conn, muxBuffer)}, nil
+			return conn.(*net.UnixConn), nil
 		}
 		if !errors.Is(err, syscall.EAGAIN) { // EAGAIN: the backlog is full because the master is busy
-			return nil, fmt.Errorf("connect to the ssh control socket: %w", err)
+			return nil, err
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("connect to the ssh control socket: %w", ctx.Err())
+			return nil, ctx.Err()
 		case <-time.After(wait):
 		}
 	}
@@ -122,6 +131,17 @@ func (mc *muxConn) terminate(timeout time.Duration) error {
 	}
 	if err != nil {
 		return fmt.Errorf("tell the ssh master to end: %w", err)
+	}
+	return nil
+}
+
+// forward has the master listen on a unix socket, and connect what it accepts there to a socket on the remote host. The
+// server is asked only once something connects. The socket at path must not exist.
+func (mc *muxConn) forward(path, remote string, timeout time.Duration) error {
+	const local, isPath = 1, 0xfffffffe // the kind of forward; a port that makes its host a path
+	f := newMuxFrame(muxOpenFwd).u32(mc.nextID()).u32(local).str(path).u32(isPath).str(remote).u32(isPath)
+	if _, err := mc.request(time.Now().Add(timeout), muxOK, f); err != nil {
+		return fmt.Errorf("forward %s through the ssh master: %w", path, err)
 	}
 	return nil
 }
@@ -352,6 +372,7 @@ const (
 	muxNewSession = 0x10000002
 	muxAliveCheck = 0x10000004
 	muxTerminate  = 0x10000005
+	muxOpenFwd    = 0x10000006
 	muxStdioFwd   = 0x10000008
 
 	muxOK            = 0x80000001

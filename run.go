@@ -46,11 +46,12 @@ const (
 
 // runOptions are the settings from the command line.
 type runOptions struct {
-	host  host
-	dir   string
-	flags config
-	retry bool // keep trying if the first connection fails
-	log   *slog.Logger
+	host   host
+	dir    string
+	flags  config
+	retry  bool // keep trying if the first connection fails
+	docker bool // serve the engine's socket
+	log    *slog.Logger
 }
 
 // runner is the instance.
@@ -87,11 +88,9 @@ type runner struct {
 	lastBeat time.Time // to detect that the machine slept
 
 	// Owned by the loop: the instance's files.
-	lock      *os.File
-	listener  *net.UnixListener
-	socket    os.FileInfo // as created
-	socketErr error       // why there is none
-	fileErr   error       // why the state file cannot be written
+	lock    *os.File
+	sockets []*socket
+	fileErr error // why the state file cannot be written
 
 	// Owned by the loop: what clients are shown.
 	shown   snapshot  // the constant fields and the connection's part
@@ -138,10 +137,17 @@ func run(ctx context.Context, o runOptions) error {
 	r.ctx, r.quit = context.WithCancel(ctx)
 	defer r.wg.Wait()
 	defer r.quit()
-	if err := r.listen(); err != nil {
-		return err
+	r.sockets = []*socket{{path: p.socket, serve: (&server{board: r.board, ask: r.ask, stop: r.quit}).serve}}
+	if o.docker {
+		r.shown.DockerSocket = p.docker
+		r.sockets = append(r.sockets, &socket{path: p.docker, serve: (&proxy{gate: r.gate, board: r.board, settle: r.settle}).serve})
 	}
-	defer r.unlisten()
+	for _, s := range r.sockets {
+		defer s.remove()
+		if err := r.listen(s); err != nil {
+			return err
+		}
+	}
 	r.start(func() {
 		keepState(r.ctx, p.state, r.board, func(err error) {
 			r.post(r.ctx, func(time.Time) { r.fileTrouble(err) })
@@ -418,6 +424,9 @@ func (r *runner) listed(now time.Time, l *link, list []container, began time.Tim
 	switch {
 	case !r.everUp:
 		r.log.Info(fmt.Sprintf("connected to %s, %s", r.host, server))
+		if r.docker {
+			r.log.Info("its engine is also here: export DOCKER_HOST=unix://" + r.paths.docker)
+		}
 	case r.shown.Connection.State != connected:
 		r.shown.Connection.Reconnects++
 		r.log.Info(fmt.Sprintf("connected to %s again after %s", r.host, now.Sub(r.shown.Connection.Since).Round(100*time.Millisecond)))
@@ -638,7 +647,7 @@ func (r *runner) request(now time.Time, method string, answer chan<- reply) {
 		answer <- reply{result: r.snapshot().at(now)}
 		r.state.lookAgain(now.Add(-staleAfter), "")
 		return
-	case "health", "verify":
+	case "health", "verify", "settle":
 		if w.since, w.until = now, now.Add(lookTimeout); r.link != nil {
 			r.link.wantList()
 		}
@@ -666,13 +675,17 @@ func (r *runner) request(now time.Time, method string, answer chan<- reply) {
 	r.waiting = append(r.waiting, w)
 }
 
+// settle returns once the local ports follow what the engine runs now, or cannot.
+func (r *runner) settle(ctx context.Context) { r.ask(ctx, "settle") }
+
 // lookForWaiting requests the probes that clients wait for, once a list shows what
 // exists.
 func (r *runner) lookForWaiting() {
 	for _, w := range r.waiting {
 		if !w.listed && r.link != nil && !w.since.IsZero() && !r.link.listedAt.Before(w.since) {
-			w.listed = true
-			r.state.lookAgain(w.since, "")
+			if w.listed = true; w.method != "settle" {
+				r.state.lookAgain(w.since, "")
+			}
 		}
 	}
 }
@@ -682,7 +695,8 @@ func (r *runner) lookForWaiting() {
 func (r *runner) answerWaiting(now time.Time) (next time.Time) {
 	var rest []*waiter
 	for _, w := range r.waiting {
-		over := w.since.IsZero() || !w.until.After(now) || r.shown.Connection.State != connected
+		over := w.since.IsZero() || !w.until.After(now) || r.shown.Connection.State != connected ||
+			w.method == "settle" && (w.listed || r.state.paused)
 		if !over && (!w.listed || len(r.state.unlooked(w.since)) > 0) {
 			rest = append(rest, w)
 			if next.IsZero() || w.until.Before(next) {
@@ -711,6 +725,8 @@ func (r *runner) replyTo(w *waiter, now time.Time) reply {
 			doubts = []string{"nothing could be verified: the remote engine does not answer"}
 		}
 		return reply{result: r.snapshot().health(now, doubts...)}
+	case "settle":
+		return reply{result: map[string]bool{"settled": w.listed || r.state.paused}}
 	case "verify":
 		if r.shown.Connection.State == connected && (!w.listed || len(r.state.unlooked(w.since)) > 0) {
 			return reply{err: errors.New("the remote host does not answer")}
@@ -729,32 +745,42 @@ func (r *runner) warnBind(cfg *config) {
 	}
 }
 
-// listen creates the socket and serves it until the instance ends or listen is
-// called again.
-func (r *runner) listen() error {
-	l, err := listenSocket(r.paths.socket)
+// socket is one that the instance serves.
+type socket struct {
+	path  string
+	serve func(ctx context.Context, l *net.UnixListener)
+
+	listener *net.UnixListener
+	made     os.FileInfo // the file, as created
+	err      error       // why there is none
+}
+
+// listen creates a socket and serves it until the instance ends or listen is called
+// again.
+func (r *runner) listen(s *socket) error {
+	l, err := listenSocket(s.path)
 	if err == nil {
-		r.socket, err = os.Lstat(r.paths.socket)
+		s.made, err = os.Lstat(s.path)
 	}
 	if err != nil {
-		return fmt.Errorf("creating the socket for rdhpf status: %w", err)
+		return fmt.Errorf("creating a socket: %w", err)
 	}
-	if r.listener != nil {
-		r.listener.Close()
+	if s.listener != nil {
+		s.listener.Close()
 	}
-	r.listener = l
-	r.start(func() { (&server{board: r.board, ask: r.ask, stop: r.quit}).serve(r.ctx, l) })
+	s.listener = l
+	r.start(func() { s.serve(r.ctx, l) })
 	return nil
 }
 
-// unlisten removes the socket if it is still ours.
-func (r *runner) unlisten() {
-	if !replaced(r.paths.socket, r.socket) {
-		removeSocket(r.paths.socket)
+// remove removes the socket if it is still ours.
+func (s *socket) remove() {
+	if s.made != nil && !replaced(s.path, s.made) {
+		removeSocket(s.path)
 	}
 }
 
-// keepFiles recreates the lock and the socket if they are no longer in place. An
+// keepFiles recreates the lock and the sockets if they are no longer in place. An
 // error means that another instance now holds the lock.
 func (r *runner) keepFiles() error {
 	info, err := r.lock.Stat()
@@ -772,14 +798,16 @@ func (r *runner) keepFiles() error {
 		r.lock = lock
 		r.log.Warn(fmt.Sprintf("%s was removed or replaced; recreated it", r.paths.lock))
 	}
-	if !replaced(r.paths.socket, r.socket) {
-		return nil
-	}
-	said := r.socketErr
-	if r.socketErr = r.listen(); r.socketErr == nil {
-		r.log.Warn(fmt.Sprintf("%s was removed or replaced; recreated it", r.paths.socket))
-	} else if said == nil {
-		r.log.Warn(r.socketErr.Error())
+	for _, s := range r.sockets {
+		if !replaced(s.path, s.made) {
+			continue
+		}
+		said := s.err
+		if s.err = r.listen(s); s.err == nil {
+			r.log.Warn(fmt.Sprintf("%s was removed or replaced; recreated it", s.path))
+		} else if said == nil {
+			r.log.Warn(s.err.Error())
+		}
 	}
 	return nil
 }

@@ -51,7 +51,8 @@ func (r *runner) withFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { r.lock.Close() })
-	if err := r.listen(); err != nil {
+	s := &socket{path: r.paths.socket, serve: (&server{board: r.board, ask: r.ask, stop: r.quit}).serve}
+	if r.sockets = []*socket{s}; r.listen(s) != nil {
 		t.Fatal(err)
 	}
 }

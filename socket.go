@@ -121,7 +121,7 @@ func (srv *server) talk(ctx context.Context, c *client) {
 	defer context.AfterFunc(ctx, func() { c.conn.Close() })()
 	defer func() {
 		// A subscriber that has only closed its sending side still listens.
-		if !c.subscribed || lines.Err() != nil || c.left() {
+		if !c.subscribed || lines.Err() != nil || hasLeft(c.conn) {
 			c.end()
 		}
 		wg.Wait()
@@ -178,7 +178,7 @@ func (srv *server) handle(ctx context.Context, c *client, req *rpcRequest) (resu
 	switch req.Method {
 	case "status":
 		timeout = statusTimeout
-	case "health", "verify", "pause", "resume", "reload", "stop", "subscribe":
+	case "health", "verify", "settle", "pause", "resume", "reload", "stop", "subscribe":
 	default:
 		return nil, nil, &rpcError{rpcNoMethod, noSuchMethod}
 	}
@@ -259,9 +259,9 @@ func (conn impatient) Write(b []byte) (int, error) {
 	return conn.UnixConn.Write(b)
 }
 
-// left says whether the client has closed the connection, rather than only its sending side.
-func (c *client) left() bool {
-	raw, err := c.conn.SyscallConn()
+// hasLeft says whether the peer has closed the connection, rather than only its sending side.
+func hasLeft(conn *net.UnixConn) bool {
+	raw, err := conn.SyscallConn()
 	if err != nil {
 		return true
 	}

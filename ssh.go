@@ -85,6 +85,12 @@ type master struct {
 	refusals [nOutcomes]atomic.Int64 // streams that could not be opened, according to ssh's stderr
 	probes   sync.RWMutex            // read-held by probes in progress
 
+	remote   string        // the engine's socket, if the host's URL names it
+	routed   chan struct{} // closed once engineAt is set
+	engineAt string        // socket forwarded to the engine's; "" if each connection takes a session
+	sessions atomic.Int32  // open for tools
+	freed    chan struct{} // one of them has ended; capacity 1
+
 	mu   sync.Mutex
 	said []string // the last lines on stderr
 
@@ -112,7 +118,8 @@ func (prog sshProgram) startMaster(ctx context.Context, h host, control string, 
 	if err != nil {
 		return nil, fmt.Errorf("starting ssh: %w", err)
 	}
-	m := &master{control: control, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}), dials: make(chan struct{}, maxDials)}
+	m := &master{control: control, remote: h.socket, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}), dials: make(chan struct{}, maxDials),
+		routed: make(chan struct{}), freed: make(chan struct{}, 1)}
 	m.cmd.Stderr = w
 	err = startChild(m.cmd)
 	w.Close()

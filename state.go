@@ -738,18 +738,22 @@ const stateVersion = "1.0"
 // snapshot is the state shown to clients. It is immutable once posted. Times are
 // UTC.
 type snapshot struct {
-	Version     string        `json:"version"`
-	Host        string        `json:"host"`
-	PID         int           `json:"pid"`
-	StartedAt   time.Time     `json:"started_at"`
-	UpdatedAt   time.Time     `json:"updated_at"` // when it was written or sent
-	Connection  connection    `json:"connection"`
-	Engine      string        `json:"engine"`        // "Docker/20.10.24 (linux)"
-	LastEventAt *time.Time    `json:"last_event_at"` // null before the first event
-	Paused      bool          `json:"paused"`
-	Warnings    []string      `json:"warnings"` // other problems of the instance
-	Forwards    []forwardInfo `json:"forwards"`
-	Skipped     []skippedPort `json:"skipped"`
+	Version     string     `json:"version"`
+	Host        string     `json:"host"`
+	PID         int        `json:"pid"`
+	StartedAt   time.Time  `json:"started_at"`
+	UpdatedAt   time.Time  `json:"updated_at"` // when it was written or sent
+	Connection  connection `json:"connection"`
+	Engine      string     `json:"engine"`        // "Docker/20.10.24 (linux)"
+	LastEventAt *time.Time `json:"last_event_at"` // null before the first event
+
+	DockerSocket       string `json:"docker_socket"`        // the engine's, for tools on this machine; "" if there is none
+	RemoteDockerSocket string `json:"remote_docker_socket"` // its path on the remote host; "" before it is known
+
+	Paused   bool          `json:"paused"`
+	Warnings []string      `json:"warnings"` // other problems of the instance
+	Forwards []forwardInfo `json:"forwards"`
+	Skipped  []skippedPort `json:"skipped"`
 }
 
 // connection is the state of the connection to the remote host.

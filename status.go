@@ -437,6 +437,9 @@ func table(r *report, now time.Time, style tableStyle) string {
 			b.WriteString(strings.Repeat("-", total) + "\n")
 		}
 	}
+	if style.wide && r.Running && r.DockerSocket != "" {
+		fmt.Fprintf(&b, "Docker socket: unix://%s\n", r.DockerSocket)
+	}
 	remarks(&b, r, now)
 	return b.String()
 }

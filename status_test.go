@@ -736,7 +736,7 @@ func TestExitStatus(t *testing.T) {
 		{"health -host a@b@c", 2, "", `rdhpf: -host has more than a name[^\n]*\n`},
 		{"run -host ssh://", 2, "", `rdhpf: -host has no host name[^\n]*\n`},
 		{"health now", 2, "", `rdhpf: unexpected argument "now": see rdhpf health -h\n`},
-		{"run -host a extra", 2, "", `rdhpf: unexpected argument "extra": see rdhpf run -h\n`},
+		{"run -host a extra", 2, "", `rdhpf: unexpected argument "extra": see rdhpf run -h \(a command to run follows --\)\n`},
 		{"run -host a -bind everywhere", 2, "", `rdhpf: [^\n]*"everywhere" is not an address[^\n]*\n`},
 		{"run -host a -bind 127.0.0.1,here", 2, "", `rdhpf: [^\n]*"here" is not an address[^\n]*\n`},
 		{"run -host a -no-probe 0", 2, "", `rdhpf: [^\n]*"0" is not a port[^\n]*\n`},

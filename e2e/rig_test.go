@@ -460,7 +460,7 @@ var (
 // claimPorts claims a block of ports, by listening on its first: other test processes
 // may run beside this one.
 var claimPorts = sync.OnceFunc(func() {
-	for first := 24000; first+blockSize <= 32000; first += blockSize {
+	for first := 12000; first+blockSize <= 32000; first += blockSize {
 		var err error
 		if portsClaim, err = net.Listen("tcp", localAddr(first)); err == nil {
 			firstPort, nextPort = first+1, first+1

@@ -1,0 +1,315 @@
+package main
+
+// exec.go: what points tools at the engine's socket: `rdhpf env`, which prints it for a
+// shell, and `rdhpf run -- COMMAND`, which runs a command with it.
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	routeTimeout = 2 * time.Second        // for the remote socket's path to be known
+	takeOver     = 100 * time.Millisecond // between looks whether another instance has ended
+
+	exitNotExecutable = 126
+	exitNotFound      = 127
+	exitSignal        = 128 // plus the signal's number
+)
+
+// commandEnd ends the program with the status of a command; without an error that is all
+// there is to say.
+type commandEnd struct {
+	status int
+	error
+}
+
+// toolVars are the variables of toolEnv.
+var toolVars = []string{"DOCKER_HOST", "TESTCONTAINERS_HOST_OVERRIDE", "TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE"}
+
+// toolEnv returns the values of toolVars with which tools use the engine of an instance.
+func toolEnv(snap *snapshot) []string {
+	return []string{"unix://" + snap.DockerSocket, loopback4.String(), cmp.Or(snap.RemoteDockerSocket, defaultEngine)}
+}
+
+// envCommand prints what a shell evaluates.
+func envCommand(args []string) error {
+	f := flag.NewFlagSet("env", flag.ContinueOnError)
+	hostFlag := f.String("host", "", "remote Docker `host` (default: the one docker uses, else that of the only running instance)")
+	shell := f.String("shell", "sh", "print for this `shell`: sh (also bash and zsh) or fish")
+	asJSON := f.Bool("json", false, "print one JSON object")
+	unset := f.Bool("unset", false, "print what takes the variables back")
+	if err := parseFlags(f, args); err != nil {
+		return err
+	}
+	dialect, ok := map[string]string{"sh": "sh", "bash": "sh", "zsh": "sh", "fish": "fish"}[*shell]
+	switch {
+	case !ok:
+		return usageError{fmt.Errorf("-shell %q: want sh, bash, zsh or fish", *shell)}
+	case *unset && *asJSON:
+		return usageError{errors.New("-unset and -json exclude each other")}
+	case *unset && dialect == "fish":
+		fmt.Printf("set -e %s\n", strings.Join(toolVars, " "))
+		return nil
+	case *unset:
+		fmt.Printf("unset %s\n", strings.Join(toolVars, " "))
+		return nil
+	}
+	t, err := findTarget(*hostFlag)
+	if err != nil {
+		return err
+	}
+	snap, err := t.runningWithDocker()
+	if err != nil {
+		return err
+	}
+	values := toolEnv(snap)
+	if *asJSON {
+		object := make(map[string]string)
+		for i, name := range toolVars {
+			object[name] = values[i]
+		}
+		return json.NewEncoder(os.Stdout).Encode(object)
+	}
+	for i, name := range toolVars {
+		if dialect == "fish" {
+			fmt.Printf("set -gx %s %s\n", name, quoted(values[i], `\'`))
+		} else {
+			fmt.Printf("export %s=%s\n", name, quoted(values[i], `'\''`))
+		}
+	}
+	return nil
+}
+
+// quoted returns s as one word for a shell in which quote stands for ' between quotes.
+func quoted(s, quote string) string {
+	if badChar(s, "/.:_-@+") == "" {
+		return s
+	}
+	if quote == `\'` {
+		s = strings.ReplaceAll(s, `\`, `\\`)
+	}
+	return "'" + strings.ReplaceAll(s, "'", quote) + "'"
+}
+
+// runningWithDocker returns the state of the one instance meant, which serves the engine.
+func (t target) runningWithDocker() (*snapshot, error) {
+	p, err := t.one(context.Background(), false)
+	if err != nil {
+		return nil, err
+	}
+	for end := time.Now().Add(routeTimeout); ; time.Sleep(pollEvery) {
+		r, err := inspect(context.Background(), p, nil)
+		switch {
+		case err != nil:
+			return nil, err
+		case r == nil && t.host == nil:
+			return nil, &errNotRunning{noInstance}
+		case r == nil || !r.Running:
+			return nil, notFound(t.host.String())
+		case r.DockerSocket == "":
+			return nil, fmt.Errorf("the instance for %s does not serve the engine: it was started with -no-docker-socket", r.Host)
+		case r.RemoteDockerSocket != "" || r.Connection.State != connected || time.Now().After(end):
+			return r.snapshot, nil
+		}
+	}
+}
+
+// runAround runs a command while an instance for the host runs: the one there is, or else
+// its own, which ends with the command. It returns the command's exit status.
+func runAround(o runOptions, argv []string, wait time.Duration) error {
+	program, err := exec.LookPath(argv[0])
+	if errors.Is(err, fs.ErrPermission) {
+		return &commandEnd{exitNotExecutable, err}
+	} else if err != nil {
+		return &commandEnd{exitNotFound, err}
+	}
+	signals := make(chan os.Signal, 16)
+	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) // of a closed stderr
+	for _, sig := range []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2} {
+		if !signal.Ignored(sig) {
+			signal.Notify(signals, sig)
+		}
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		err := keepInstance(ctx, o)
+		if ctx.Err() == nil { // it is over before the command is
+			o.log.Error(fmt.Sprintf("ports are no longer forwarded: %v", err))
+		}
+		cancel(err)
+	}()
+	defer func() {
+		cancel(nil)
+		<-ended
+	}()
+	type outcome struct {
+		snap *snapshot
+		err  error
+	}
+	ready := make(chan outcome, 1)
+	go func() {
+		snap, err := readyFor(ctx, o, wait)
+		ready <- outcome{snap, err}
+	}()
+	var now outcome
+	select {
+	case now = <-ready:
+	case sig := <-signals:
+		return &commandEnd{status: exitSignal + int(sig.(syscall.Signal))}
+	}
+	if now.err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return now.err
+	}
+	cmd := exec.Command(program, argv[1:]...)
+	cmd.Args[0] = argv[0]
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = os.Environ()
+	if now.snap.DockerSocket == "" {
+		o.log.Warn(fmt.Sprintf("the instance that runs for %s does not serve the engine: DOCKER_HOST stays as it is", o.host))
+	} else {
+		cmd.Env = slices.DeleteFunc(cmd.Env, func(v string) bool {
+			name, _, _ := strings.Cut(v, "=")
+			return slices.Contains([]string{"DOCKER_CONTEXT", "DOCKER_TLS", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"}, name)
+		})
+		for i, value := range toolEnv(now.snap) {
+			cmd.Env = append(cmd.Env, toolVars[i]+"="+value) // the last one counts
+		}
+	}
+	return execute(cmd, signals)
+}
+
+// keepInstance runs an instance until ctx ends. While there is another, it is left alone;
+// should that one end, its place is taken.
+func keepInstance(ctx context.Context, o runOptions) error {
+	for told := false; ; {
+		err := run(ctx, o)
+		var held *heldError
+		if !errors.As(err, &held) {
+			return err
+		}
+		if !told {
+			told = true
+			o.log.Info(fmt.Sprintf("using the rdhpf that runs already (pid %d), with its settings", held.pid))
+		}
+		lock := pathsFor(o.dir, o.host.String()).lock
+		for held := true; held; _, held, err = lockedBy(lock) {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(takeOver):
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// readyFor waits until the instance is connected and its ports are open and, if wait is
+// not 0, until all are active.
+func readyFor(ctx context.Context, o runOptions, wait time.Duration) (*snapshot, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	p := pathsFor(o.dir, o.host.String())
+	limit := readyTimeout
+	if o.retry {
+		limit = max(limit, wait)
+	}
+	late := time.After(limit)
+	sights := make(chan sight)
+	go follow(ctx, p, &o.host, sights)
+	var r *report
+	for last := errors.New("no answer"); r == nil; {
+		select {
+		case s := <-sights:
+			switch {
+			case s.err != nil:
+				last = s.err
+			case s.report.Connection.State != connected:
+				last = errors.New(cmp.Or(s.report.Connection.LastError, s.report.Connection.State))
+			case s.report.DockerSocket == "" || s.report.RemoteDockerSocket != "":
+				r = s.report
+			}
+		case <-late:
+			return nil, fmt.Errorf("not connected to %s after %v: %w", o.host, limit, last)
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if err := callContext(ctx, p.socket, "settle", new(json.RawMessage)); err != nil && !errors.As(err, new(refusal)) {
+		return nil, fmt.Errorf("waiting for the ports to open: %w", err)
+	}
+	if wait > 0 {
+		if err := waitFor(ctx, p, &o.host, wait, nil, printer{w: io.Discard}); err != nil {
+			return nil, err
+		}
+	}
+	return r.snapshot, nil
+}
+
+// execute runs a command and passes signals on to it. Those that a terminal sends reach it
+// without us.
+func execute(cmd *exec.Cmd, signals <-chan os.Signal) error {
+	if err := cmd.Start(); err != nil {
+		return &commandEnd{exitNotExecutable, err}
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for {
+		select {
+		case sig := <-signals:
+			switch sig {
+			case unix.SIGINT, unix.SIGQUIT, unix.SIGHUP:
+				if inForeground() {
+					continue
+				}
+			}
+			cmd.Process.Signal(sig)
+		case err := <-ended:
+			var failed *exec.ExitError
+			switch {
+			case err == nil:
+				return nil
+			case !errors.As(err, &failed):
+				return err
+			}
+			status := failed.Sys().(syscall.WaitStatus)
+			if status.Signaled() {
+				return &commandEnd{status: exitSignal + int(status.Signal())}
+			}
+			return &commandEnd{status: status.ExitStatus()}
+		}
+	}
+}
+
+// inForeground reports whether the terminal sends its signals to our process group.
+func inForeground() bool {
+	tty, err := os.Open("/dev/tty")
+	if err != nil {
+		return false
+	}
+	defer tty.Close()
+	group, err := unix.IoctlGetInt(int(tty.Fd()), unix.TIOCGPGRP)
+	return err == nil && group == unix.Getpgrp()
+}

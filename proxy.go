@@ -1,0 +1,314 @@
+package main
+
+// proxy.go: the engine's socket. Tools on this machine reach the remote engine through
+// it as if it were here, over the connection that is there already.
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"path"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	settleTimeout = 2 * time.Second // the longest an answer is held until the ports have followed it
+	idleEngine    = 90 * time.Second
+	maxIdle       = 8 // connections to the engine that are kept for the next request
+	defaultEngine = "/var/run/docker.sock"
+)
+
+// proxy passes requests on to the remote engine.
+type proxy struct {
+	gate   *gate
+	board  *board
+	settle func(ctx context.Context) // returns once the ports show what runs now
+}
+
+// serve serves l until ctx ends, and returns once everything it started has ended.
+func (p *proxy) serve(ctx context.Context, l *net.UnixListener) {
+	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return p.gate.dialEngine(ctx) },
+		DisableCompression: true, MaxIdleConns: maxIdle, MaxIdleConnsPerHost: maxIdle, IdleConnTimeout: idleEngine}
+	defer transport.CloseIdleConnections()
+	silent := log.New(io.Discard, "", 0) // clients that end early are nothing to report
+	srv := &http.Server{
+		Handler: &httputil.ReverseProxy{Transport: transport, FlushInterval: -1, ErrorLog: silent,
+			Rewrite: func(r *httputil.ProxyRequest) {
+				r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "docker", r.In.Host
+				r.Out.URL.RawQuery = r.In.URL.RawQuery // as it came, parsable or not
+			},
+			ModifyResponse: p.hold, ErrorHandler: p.fail},
+		BaseContext: func(net.Listener) context.Context { return ctx },
+		ErrorLog:    silent, ReadHeaderTimeout: firstDeadline,
+	}
+	defer context.AfterFunc(ctx, func() { srv.Close() })()
+	tools := &toolListener{UnixListener: l}
+	srv.Serve(tools)
+	srv.Close()
+	tools.open.Wait()
+}
+
+// changes matches the method and path of requests after which other containers run, or
+// the same ones in other networks.
+var changes = regexp.MustCompile(`^(POST (/v[0-9.]+)?(/libpod)?/(containers|pods)/[^/]+/(start|restart|stop|kill|pause|unpause|remove|rename|update)` +
+	`|DELETE (/v[0-9.]+)?(/libpod)?/(containers|pods)/[^/]+` +
+	`|POST (/v[0-9.]+)?(/libpod)?/networks/[^/]+/(connect|disconnect))$`)
+
+// hold holds the answer to such a request until the ports have followed: a container is
+// then reachable as soon as its start has returned.
+func (p *proxy) hold(resp *http.Response) error {
+	req := resp.Request
+	if resp.StatusCode < 400 && changes.MatchString(req.Method+" "+req.URL.Path) {
+		ctx, cancel := context.WithTimeout(req.Context(), settleTimeout)
+		defer cancel()
+		p.settle(ctx)
+	}
+	return nil
+}
+
+// fail answers a request that could not be passed on. Docker's tools print the message.
+func (p *proxy) fail(w http.ResponseWriter, req *http.Request, err error) {
+	if req.Context().Err() != nil {
+		return // the client has left
+	}
+	status, text := http.StatusBadGateway, "the remote engine cannot be reached: "+err.Error()
+	snap, _ := p.board.look()
+	switch c := snap.Connection; {
+	case c.State == reconnecting:
+		status, text = http.StatusServiceUnavailable, "ssh connection lost, reconnecting: "+cmp.Or(c.LastError, err.Error())
+	case c.State != connected:
+		status, text = http.StatusServiceUnavailable, "not connected yet: "+cmp.Or(c.LastError, err.Error())
+	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
+		text = "the remote engine closed the connection before it answered"
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	json.NewEncoder(w).Encode(map[string]string{"message": "rdhpf: " + text})
+}
+
+// toolListener accepts the connections of tools and counts those that are open.
+type toolListener struct {
+	*net.UnixListener
+	open sync.WaitGroup
+}
+
+func (l *toolListener) Accept() (net.Conn, error) {
+	conn, err := l.AcceptUnix()
+	if err != nil {
+		return nil, err
+	}
+	l.open.Add(1)
+	return &toolConn{conn, sync.OnceFunc(l.open.Done)}, nil
+}
+
+type toolConn struct {
+	*net.UnixConn
+	closed func()
+}
+
+// Read tells a tool that has left from one that has only closed its sending side, which
+// may still wait for output.
+func (c *toolConn) Read(b []byte) (int, error) {
+	n, err := c.UnixConn.Read(b)
+	if err == io.EOF && hasLeft(c.UnixConn) {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+func (c *toolConn) Close() error {
+	defer c.closed()
+	return c.UnixConn.Close()
+}
+
+// dialEngine connects to the remote engine through the link. While there is no link it
+// waits for the next.
+func (g *gate) dialEngine(ctx context.Context) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, holdFor)
+	defer cancel()
+	var m *master
+	for {
+		var err error
+		if m, err = g.pass(ctx, m); err != nil {
+			return nil, err
+		}
+		conn, err := m.dialEngine(ctx)
+		if err == nil || !masterGone(err) {
+			return conn, err
+		}
+	}
+}
+
+func (m *master) dialEngine(ctx context.Context) (net.Conn, error) {
+	select {
+	case <-m.routed:
+	case <-m.done:
+		return nil, io.ErrUnexpectedEOF
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if m.engineAt == "" {
+		return m.sessionToEngine(ctx)
+	}
+	return dialMaster(ctx, m.engineAt)
+}
+
+// sessionConn is a connection to the engine that takes a session of its own.
+type sessionConn struct {
+	*muxSession
+	r     io.Reader // its output, after the marker
+	ended func()
+}
+
+func (c *sessionConn) Read(b []byte) (int, error) { return c.r.Read(b) }
+func (c *sessionConn) CloseWrite() error          { return c.in.Close() }
+func (c *sessionConn) LocalAddr() net.Addr        { return &net.UnixAddr{} }
+func (c *sessionConn) RemoteAddr() net.Addr       { return &net.UnixAddr{} }
+func (c *sessionConn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+}
+
+func (c *sessionConn) Close() error {
+	defer c.ended()
+	return c.muxSession.Close()
+}
+
+// sessionToEngine opens a connection to the engine in a session. Servers limit those
+// (MaxSessions): refused one, it waits for another to end.
+func (m *master) sessionToEngine(ctx context.Context) (net.Conn, error) {
+	for {
+		m.sessions.Add(1)
+		e, err := dialEngine(m.control, m.remote, listTimeout)
+		if err == nil {
+			m.free() // for the next that waits; it may be refused
+			e.limit.N = math.MaxInt64
+			e.s.SetReadDeadline(time.Time{})
+			return &sessionConn{muxSession: e.s, r: e.r, ended: sync.OnceFunc(func() {
+				m.sessions.Add(-1)
+				m.free()
+			})}, nil
+		}
+		if left := m.sessions.Add(-1); left == 0 || !errors.As(err, new(*muxError)) {
+			return nil, err
+		}
+		select {
+		case <-m.freed:
+		case <-m.done:
+			return nil, io.ErrUnexpectedEOF
+		case <-ctx.Done():
+			return nil, errors.New("the SSH server allows no more sessions (MaxSessions in its sshd_config), and none has ended")
+		}
+	}
+}
+
+func (m *master) free() {
+	select {
+	case m.freed <- struct{}{}:
+	default:
+	}
+}
+
+// routeEngine finds the way to the engine for tools: a forward to its socket, which takes
+// no session, or else sessions. The forward ends with the master.
+func (l *link) routeEngine(ctx context.Context, m *master, listed <-chan struct{}) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-listed:
+	}
+	at, remote := l.r.paths.engine, m.remote
+	if remote == "" {
+		remote = askEngineSocket(m.control)
+	}
+	err := errors.New("it has no socket")
+	if remote != "" {
+		err = m.forwardEngine(ctx, at, remote)
+	}
+	if err != nil {
+		l.r.log.Debug(fmt.Sprintf("requests to the engine take sessions, for its socket cannot be forwarded: %v", err))
+		at = ""
+	}
+	m.engineAt = at
+	close(m.routed)
+	l.tell(func(time.Time) {
+		l.r.shown.RemoteDockerSocket, l.r.changed = cmp.Or(remote, defaultEngine), true
+	})
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// forwardEngine forwards the socket at to the engine's, and tries it: servers can forbid it,
+// which they tell only then.
+func (m *master) forwardEngine(ctx context.Context, at, remote string) error {
+	if err := removeSocket(at); err != nil {
+		return err
+	}
+	mux, err := muxDial(m.control, muxTimeout)
+	if err != nil {
+		return err
+	}
+	defer mux.Close()
+	if err := mux.forward(at, remote, muxTimeout); err != nil {
+		return err
+	}
+	conn, err := dialMaster(ctx, at)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	conn.SetDeadline(time.Now().Add(listTimeout))
+	if _, err := io.WriteString(conn, "GET /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n"); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return errors.New(printable(resp.Status, maxText))
+	}
+	return nil
+}
+
+// askEngineSocket asks the remote docker, or podman, for the path of its engine's socket. It
+// returns "" if the engine has none.
+func askEngineSocket(control string) string {
+	const ask = `echo; docker context inspect --format "{{.Endpoints.docker.Host}}" || podman info --format "unix://{{.Host.RemoteSocket.Path}}"`
+	s, err := muxOpenSession(control, "exec sh -c '"+ask+"' 2>/dev/null", muxTimeout)
+	if err != nil {
+		return defaultEngine
+	}
+	defer s.Close()
+	s.SetReadDeadline(time.Now().Add(listTimeout))
+	out, _ := io.ReadAll(io.LimitReader(s, maxNoise))
+	return engineSocketIn(string(out))
+}
+
+// engineSocketIn returns the path that the last line names. Lines before it come from the
+// remote shell.
+func engineSocketIn(out string) string {
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	last := lines[len(lines)-1]
+	socket, isUnix := strings.CutPrefix(last, "unix://")
+	socket = strings.TrimPrefix(socket, "unix://") // podman's path may have it
+	switch {
+	case isUnix && path.IsAbs(socket) && checkPart("", socket, "._/+@:=~-", maxSocketPath) == nil:
+		return path.Clean(socket)
+	case strings.Contains(last, "://"):
+		return ""
+	}
+	return defaultEngine
+}
