@@ -225,7 +225,6 @@ func parseRunFlags(args []string) (r runFlags, err error) {
 	if r.docker = !*noDocker; *quiet {
 		r.level = slog.LevelError
 	}
-	r.command = f.Args()
 	isCommand := len(args) > f.NArg() && args[len(args)-f.NArg()-1] == "--"
 	switch {
 	case !isCommand && f.NArg() > 0:
@@ -241,6 +240,9 @@ func parseRunFlags(args []string) (r runFlags, err error) {
 	}
 	if err != nil {
 		return r, usageError{err}
+	}
+	if isCommand {
+		r.command = f.Args()
 	}
 	home, _ := os.UserHomeDir()
 	if r.dir, err = stateDir(os.Getenv, home); err != nil {
