@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"net/textproto"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -26,10 +27,11 @@ import (
 
 const (
 	listTimeout = 10 * time.Second
-	maxNoise    = 1 << 20  // bytes a remote shell may print before the marker
-	maxList     = 64 << 20 // bytes of one list
-	maxEvent    = 1 << 20  // bytes of one event
-	maxHead     = 64 << 10 // bytes of a response header
+	bareAfter   = 2 * time.Second // of silence, before asking without the marker
+	maxNoise    = 1 << 20         // bytes a remote shell may print before the marker
+	maxList     = 64 << 20        // bytes of one list
+	maxEvent    = 1 << 20         // bytes of one event
+	maxHead     = 64 << 10        // bytes of a response header
 )
 
 // engine is a connection to the remote engine. It is not safe for concurrent use,
@@ -39,6 +41,7 @@ type engine struct {
 	limit  *io.LimitedReader // bounds the next input; net/http does not limit headers
 	r      *bufio.Reader     // reads from limit
 	mark   string
+	noise  string // printed by the remote host before the marker, unfiltered
 	server string // such as "Docker/20.10.24 (linux)"; set by the first response
 }
 
@@ -59,13 +62,42 @@ func dialEngine(control, socket string, timeout time.Duration) (*engine, error) 
 	}
 	limit := &io.LimitedReader{R: s, N: maxNoise + 4096}
 	e := &engine{s: s, limit: limit, r: bufio.NewReader(limit), mark: mark}
-	s.SetReadDeadline(time.Now().Add(timeout))
-	if err := discardTo(e.r, mark+"\n"); err != nil {
+	if err := e.start(timeout); err != nil {
 		err = e.fail("starting docker on the remote host", err)
 		e.Close()
 		return nil, err
 	}
 	return e, nil
+}
+
+// start waits for the marker. If nothing comes, the account's command may be forced to be
+// docker system dial-stdio: then a request is answered.
+func (e *engine) start(timeout time.Duration) (err error) {
+	e.s.SetReadDeadline(time.Now().Add(min(timeout, bareAfter)))
+	e.noise, err = discardTo(e.r, e.mark+"\n")
+	if !errors.Is(err, os.ErrDeadlineExceeded) || timeout <= bareAfter {
+		return err
+	}
+	e.s.SetReadDeadline(time.Now().Add(timeout - bareAfter))
+	if e.noise != "" { // a slow start-up, or another forced command
+		noise, err := discardTo(e.r, e.mark+"\n")
+		e.noise += noise
+		return err
+	}
+	if _, err := io.WriteString(e.s, "GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n"); err != nil {
+		return err
+	}
+	if head, _ := e.r.Peek(len("HTTP/1.")); string(head) != "HTTP/1." {
+		if e.noise, err = discardTo(e.r, e.mark+"\n"); err != nil {
+			return err
+		}
+	}
+	resp, err := http.ReadResponse(e.r, nil)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err
 }
 
 func (e *engine) Close() error { return e.s.Close() }
@@ -83,29 +115,38 @@ func engineCommand(socket, mark string) string {
 		"then exec %[2]s system dial-stdio; else exec %[3]s system dial-stdio; fi'", mark, docker, podman)
 }
 
-// discardTo reads up to and including the marker.
-func discardTo(r *bufio.Reader, mark string) error {
+// discardTo reads up to and including the marker. If that does not come it returns the
+// beginning of what came instead, unfiltered.
+func discardTo(r *bufio.Reader, mark string) (noise string, err error) {
+	var kept []byte
 	matched := 0
 	for n := 0; n < maxNoise; n++ {
 		c, err := r.ReadByte()
 		if err != nil {
-			return err
+			return string(kept), err
+		}
+		if len(kept) < maxText {
+			kept = append(kept, c)
 		}
 		if c != mark[matched] {
 			matched = 0 // the marker's first letter occurs only once, so matches cannot overlap
 		}
 		if c == mark[matched] {
 			if matched++; matched == len(mark) {
-				return nil
+				return "", nil
 			}
 		}
 	}
-	return fmt.Errorf("the remote shell prints more than %d bytes at startup", maxNoise)
+	return string(kept), fmt.Errorf("the remote shell prints more than %d bytes at startup", maxNoise)
 }
 
 // fail explains a connection error with the remote command's own message, if any,
 // and a hint.
 func (e *engine) fail(doing string, err error) error {
+	noise := printable(strings.TrimSpace(e.noise), maxText)
+	if e.server == "" && noise != "" && errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("the remote host did not start docker, but printed: %s", noise)
+	}
 	if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.EPIPE) {
 		return fmt.Errorf("%s: %w", doing, err)
 	}
@@ -115,6 +156,9 @@ func (e *engine) fail(doing string, err error) error {
 		said = said[i+len(e.mark):]
 	}
 	if said = printable(strings.TrimSpace(said), 1000); said == "" {
+		if e.server == "" && noise != "" {
+			return fmt.Errorf("the remote host did not start docker, but printed: %s", noise)
+		}
 		return fmt.Errorf("%s: exit status %d and no error message", doing, code)
 	}
 	hint := ""

@@ -366,7 +366,7 @@ func TestDiscardTo(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := bufio.NewReader(strings.NewReader(c.in))
-			err := discardTo(r, testMark)
+			_, err := discardTo(r, testMark)
 			if c.err != "" {
 				if err == nil || !strings.Contains(err.Error(), c.err) {
 					t.Errorf("error %v, want one with %q", err, c.err)
@@ -393,7 +393,7 @@ func FuzzDiscardTo(f *testing.F) {
 		in := string(noise) + testMark + string(rest)
 		_, want, _ := strings.Cut(in, testMark)
 		r := bufio.NewReader(strings.NewReader(in))
-		if err := discardTo(r, testMark); err != nil {
+		if _, err := discardTo(r, testMark); err != nil {
 			t.Fatal(err)
 		}
 		got := new(strings.Builder)

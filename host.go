@@ -24,6 +24,7 @@ const (
 	maxHostPart   = 255     // bytes of a host or user name
 	maxSocketPath = 107     // sun_path on Linux, less its NUL
 	maxDockerFile = 1 << 20 // bytes of a config.json or meta.json
+	userChars     = `.-_+@$~\,=`
 	alnum         = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 )
 
@@ -48,7 +49,7 @@ func (h host) String() string {
 		s = "[" + strings.Replace(h.name, "%", "%25", 1) + "]"
 	}
 	if h.user != "" {
-		s = strings.ReplaceAll(h.user, "@", "%40") + "@" + s
+		s = url.User(h.user).String() + "@" + s
 	}
 	if h.port != 0 {
 		s += ":" + strconv.Itoa(int(h.port))
@@ -66,6 +67,18 @@ func (h host) sshArgs() []string {
 		args = append(args, "-p", strconv.Itoa(int(h.port)))
 	}
 	return append(args, "--", h.name)
+}
+
+// command is the arguments of ssh as a person would write them.
+func (h host) command() string {
+	s := h.name
+	if h.user != "" {
+		s = h.user + "@" + s
+	}
+	if h.port != 0 {
+		s = fmt.Sprintf("-p %d %s", h.port, s)
+	}
+	return s
 }
 
 // parseHost accepts hostForm; without a path, "ssh://" may be left out. Its errors are one line of plain ASCII, no password.
@@ -115,7 +128,7 @@ func parseRest(rest string, mayHavePath bool) (h host, err error) {
 		if h.user, err = url.PathUnescape(user); err != nil {
 			return h, fmt.Errorf("has a bad user name: %w", err)
 		}
-		if err = checkPart("user name", h.user, ".-_+@", maxHostPart); err != nil {
+		if err = checkPart("user name", h.user, userChars, maxHostPart); err != nil {
 			return h, err
 		}
 	}

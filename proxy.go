@@ -190,7 +190,7 @@ func (c *sessionConn) Close() error {
 func (m *master) sessionToEngine(ctx context.Context) (net.Conn, error) {
 	for {
 		m.sessions.Add(1)
-		e, err := dialEngine(m.control, m.remote, listTimeout)
+		e, err := dialEngine(m.control, m.host.socket, listTimeout)
 		if err == nil {
 			m.free() // for the next that waits; it may be refused
 			e.limit.N = math.MaxInt64
@@ -228,7 +228,7 @@ func (l *link) routeEngine(ctx context.Context, m *master, listed <-chan struct{
 		return ctx.Err()
 	case <-listed:
 	}
-	at, remote := l.r.paths.engine, m.remote
+	at, remote := l.r.paths.engine, m.host.socket
 	if remote == "" {
 		remote = askEngineSocket(m.control)
 	}
@@ -292,7 +292,7 @@ func askEngineSocket(control string) string {
 		return defaultEngine
 	}
 	defer s.Close()
-	s.SetReadDeadline(time.Now().Add(listTimeout))
+	s.SetReadDeadline(time.Now().Add(muxTimeout))
 	out, _ := io.ReadAll(io.LimitReader(s, maxNoise))
 	return engineSocketIn(string(out))
 }

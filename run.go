@@ -37,6 +37,7 @@ const (
 	beatEvery     = 2 * time.Second
 	sleptAfter    = 10 * time.Second     // a longer gap between beats means that the machine slept
 	wakeDeadline  = 3 * time.Second      // for the engine to answer after a sleep
+	sayAfter      = time.Second          // before saying that a connection is being made
 	settleAfter   = time.Second          // before listing again: an engine may report a change before it lists it
 	stubbornDelay = time.Minute          // if only the user can fix it
 	steadyAfter   = 30 * time.Second     // of connection, after which failures are forgotten
@@ -84,6 +85,7 @@ type runner struct {
 	proven   bool // events were followed as well: the server allows two sessions
 	failures int
 	retryAt  time.Time
+	saySoAt  time.Time // when to say that the first connection takes long; zero: not again
 	lastErr  error     // why there is no connection
 	lastBeat time.Time // to detect that the machine slept
 
@@ -112,6 +114,7 @@ func run(ctx context.Context, o runOptions) error {
 	if err != nil {
 		return err
 	}
+	ssh.readConfig(o.host)
 	if err := makeDir(p.dir); err != nil {
 		return err
 	}
@@ -249,6 +252,7 @@ func (r *runner) step(now time.Time) (wake time.Time) {
 	} else {
 		until(r.link.listDue)
 		until(r.link.wakeBy)
+		until(r.saySoAt)
 	}
 	return wake
 }
@@ -257,7 +261,9 @@ func (r *runner) step(now time.Time) (wake time.Time) {
 func (r *runner) connect() {
 	l := &link{r: r, relist: make(chan struct{}, 1), pings: make(chan chan error), first: !r.proven && !r.retry}
 	l.ctx, l.cancel = context.WithCancel(r.ctx)
-	r.link, r.retryAt = l, time.Time{}
+	if r.link, r.retryAt = l, (time.Time{}); !r.everUp && r.lastErr == nil {
+		r.saySoAt = time.Now().Add(sayAfter)
+	}
 	r.start(func() {
 		err := l.run()
 		l.cancel()
@@ -435,7 +441,7 @@ func (r *runner) listed(now time.Time, l *link, list []container, began time.Tim
 	if r.connection(now, connected) || r.shown.Engine != server {
 		r.shown.Engine, r.changed = server, true
 	}
-	r.everUp, r.lastErr = true, nil
+	r.everUp, r.lastErr, r.saySoAt = true, nil, time.Time{}
 	r.state.listed(now, list)
 	if !l.lookFrom.IsZero() && !began.Before(l.lookFrom) {
 		r.state.lookAgain(l.lookFrom, "")
@@ -516,7 +522,7 @@ func (r *runner) down(now time.Time, l *link, err error) {
 	}
 	var refused *muxError
 	if !r.retry && (!r.everUp || !r.proven && errors.As(err, &refused)) {
-		r.failed = err
+		r.failed = fmt.Errorf("cannot connect to %s: %w", r.host, err)
 		return
 	}
 	c := &r.shown.Connection
@@ -531,7 +537,7 @@ func (r *runner) down(now time.Time, l *link, err error) {
 	if errors.As(err, &e) && e.stubborn {
 		delay = stubbornDelay
 	}
-	r.link = nil
+	r.link, r.saySoAt = nil, time.Time{}
 	r.gate.set(nil)
 	r.state.disconnected()
 	if r.everUp {
@@ -544,7 +550,11 @@ func (r *runner) down(now time.Time, l *link, err error) {
 		if delay > 0 {
 			when = "in " + delay.Round(100*time.Millisecond).String()
 		}
-		r.log.Warn(fmt.Sprintf("connection lost: %v; trying again %s", err, when))
+		what := "connection lost"
+		if !r.everUp {
+			what = "cannot connect to " + r.host.String()
+		}
+		r.log.Warn(fmt.Sprintf("%s: %v; trying again %s", what, err, when))
 	}
 	r.lastErr = err
 }
@@ -554,6 +564,10 @@ func (r *runner) ring(now time.Time) {
 	l := r.link
 	if l == nil {
 		return
+	}
+	if !r.saySoAt.IsZero() && !r.saySoAt.After(now) {
+		r.saySoAt = time.Time{}
+		r.log.Info(fmt.Sprintf("connecting to %s …", r.host))
 	}
 	if !l.listDue.IsZero() && !l.listDue.After(now) {
 		l.listDue = now.Add(relistEvery)

@@ -767,7 +767,7 @@ func TestDown(t *testing.T) {
 			h.now = h.now.Add(c.up)
 			h.down(h.now, h.link, c.err)
 			if c.fails {
-				if h.failed == nil || h.failed.Error() != c.err.Error() {
+				if h.failed == nil || h.failed.Error() != "cannot connect to "+h.host.String()+": "+c.err.Error() {
 					t.Fatalf("the instance ends with %v, want %v", h.failed, c.err)
 				}
 				return
@@ -785,7 +785,11 @@ func TestDown(t *testing.T) {
 			if got := h.shown.Connection; got.State != c.state || got.LastError != want.Error() {
 				t.Errorf("the connection is %+v, want %s because of %v", got, c.state, want)
 			}
-			if n := strings.Count(h.log.String(), "connection lost"); n != 1 {
+			said := "connection lost: "
+			if !c.everUp {
+				said = "cannot connect to " + h.host.String() + ": "
+			}
+			if n := strings.Count(h.log.String(), said); n != 1 {
 				t.Errorf("said %d times:\n%s", n, &h.log)
 			}
 			h.retryAt = h.now.Add(time.Hour)
@@ -795,7 +799,7 @@ func TestDown(t *testing.T) {
 				}
 			}
 			h.link = handLink(h.runner)
-			if h.down(h.now, h.link, want); strings.Count(h.log.String(), "connection lost") != 1 {
+			if h.down(h.now, h.link, want); strings.Count(h.log.String(), said) != 1 {
 				t.Errorf("the same is said again:\n%s", &h.log)
 			}
 			h.linkUp()

@@ -5,12 +5,15 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -24,13 +27,15 @@ const (
 	readyPoll      = 2 * time.Millisecond
 	stopTimeout    = time.Second // from SIGTERM to SIGKILL
 	muxTimeout     = 5 * time.Second
-	maxDials       = 16 // concurrently: the control socket's backlog is 64
+	maxDials       = 16  // concurrently: the control socket's backlog is 64
+	maxSaid        = 100 // lines of stderr
 )
 
 // sshProgram is the installed OpenSSH client.
 type sshProgram struct {
 	path         string
 	major, minor int
+	timeout      time.Duration // for a connection, if ssh_config has one for the host
 }
 
 // findSSH finds ssh on PATH and determines its version.
@@ -51,6 +56,18 @@ func findSSH() (sshProgram, error) {
 	return p, nil
 }
 
+// readConfig reads the ConnectTimeout that ssh_config has for the host. Mistakes in it are
+// reported by the connection.
+func (prog *sshProgram) readConfig(h host) {
+	out, _ := exec.Command(prog.path, append([]string{"-G"}, h.sshArgs()...)...).Output()
+	for line := range strings.Lines(string(out)) {
+		if value, ok := strings.CutPrefix(line, "connecttimeout "); ok {
+			seconds, _ := strconv.ParseUint(strings.TrimSpace(value), 10, 16) // or "none"
+			prog.timeout = time.Duration(seconds) * time.Second
+		}
+	}
+}
+
 // args returns the master's arguments. The user's ssh_config applies, host key
 // checking included, except for options that would keep ssh from being a foreground
 // master that listens only for us. A link is given up after 9 s of silence: by then
@@ -60,7 +77,7 @@ func (prog sshProgram) args(h host, control string) []string {
 		"ControlMaster=yes", "ControlPersist=no", "BatchMode=yes", "ClearAllForwardings=yes",
 		"ExitOnForwardFailure=no", "GatewayPorts=no", "RemoteCommand=none", "RequestTTY=no", "Tunnel=no",
 		"PermitLocalCommand=no", "ForwardAgent=no", "ForwardX11=no", "VisualHostKey=no", "LogLevel=INFO",
-		fmt.Sprintf("ConnectTimeout=%d", connectTimeout/time.Second), "ServerAliveInterval=3", "ServerAliveCountMax=2",
+		fmt.Sprintf("ConnectTimeout=%d", cmp.Or(prog.timeout, connectTimeout)/time.Second), "ServerAliveInterval=3", "ServerAliveCountMax=2",
 	}
 	if prog.major > 8 || prog.major == 8 && prog.minor >= 7 {
 		options = append(options, "ForkAfterAuthentication=no")
@@ -76,6 +93,7 @@ func (prog sshProgram) args(h host, control string) []string {
 
 // master is a running ssh master. Its fields are set before it is shared.
 type master struct {
+	host    host
 	control string
 	socket  os.FileInfo // of the control socket, to detect replacement
 	cmd     *exec.Cmd
@@ -85,14 +103,14 @@ type master struct {
 	refusals [nOutcomes]atomic.Int64 // streams that could not be opened, according to ssh's stderr
 	probes   sync.RWMutex            // read-held by probes in progress
 
-	remote   string        // the engine's socket, if the host's URL names it
 	routed   chan struct{} // closed once engineAt is set
 	engineAt string        // socket forwarded to the engine's; "" if each connection takes a session
 	sessions atomic.Int32  // open for tools
 	freed    chan struct{} // one of them has ended; capacity 1
 
-	mu   sync.Mutex
-	said []string // the last lines on stderr
+	mu    sync.Mutex
+	ready bool     // it is connected
+	said  []string // the last lines on stderr, of the connection or of the attempt at it
 
 	asking sync.Mutex
 	asked  *muxConn // for alive; closed once the master has not answered
@@ -108,7 +126,7 @@ type connectError struct {
 func (ce *connectError) Error() string { return ce.said }
 
 // startMaster starts a master and waits until it answers on its control socket
-// with its own pid. The caller must hold the instance lock, so anything at the
+// with a pid of its process group. The caller must hold the instance lock, so anything at the
 // control path belongs to no live instance.
 func (prog sshProgram) startMaster(ctx context.Context, h host, control string, debug func(string)) (*master, error) {
 	if err := sweepControl(control); err != nil {
@@ -118,7 +136,7 @@ func (prog sshProgram) startMaster(ctx context.Context, h host, control string, 
 	if err != nil {
 		return nil, fmt.Errorf("starting ssh: %w", err)
 	}
-	m := &master{control: control, remote: h.socket, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}), dials: make(chan struct{}, maxDials),
+	m := &master{host: h, control: control, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}), dials: make(chan struct{}, maxDials),
 		routed: make(chan struct{}), freed: make(chan struct{}, 1)}
 	m.cmd.Stderr = w
 	err = startChild(m.cmd)
@@ -140,15 +158,15 @@ func (prog sshProgram) startMaster(ctx context.Context, h host, control string, 
 		r.Close()
 		close(m.done)
 	}()
-	if err := m.awaitReady(ctx); err != nil {
+	if err := m.awaitReady(ctx, readyTimeout+prog.timeout); err != nil {
 		m.stop()
 		return nil, err
 	}
 	return m, nil
 }
 
-func (m *master) awaitReady(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+func (m *master) awaitReady(ctx context.Context, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	tick := time.NewTicker(readyPoll)
 	defer tick.Stop()
@@ -158,7 +176,7 @@ func (m *master) awaitReady(ctx context.Context) error {
 			return m.exitError()
 		case <-ctx.Done():
 			if ctx.Err() == context.DeadlineExceeded {
-				return &connectError{said: fmt.Sprintf("ssh did not connect within %v", readyTimeout)}
+				return &connectError{said: fmt.Sprintf("ssh did not connect within %v", limit)}
 			}
 			return ctx.Err()
 		case <-tick.C:
@@ -172,8 +190,11 @@ func (m *master) awaitReady(ctx context.Context) error {
 			continue // bound, but not listening yet
 		}
 		pid, err := conn.alive(muxTimeout)
-		if err == nil && pid == m.cmd.Process.Pid {
+		if group, _ := syscall.Getpgid(pid); err == nil && group == m.cmd.Process.Pid { // ssh, or a script that runs it
 			m.socket, m.asked = info, conn
+			m.mu.Lock()
+			m.ready, m.said = true, nil // a banner explains nothing that happens later
+			m.mu.Unlock()
 			return nil
 		}
 		conn.Close()
@@ -230,14 +251,12 @@ func (m *master) readStderr(r *os.File, debug func(string)) {
 			continue
 		}
 		debug(text)
-		if strings.HasPrefix(text, "channel ") { // concerns one connection, not the master
+		m.mu.Lock()
+		if m.ready && strings.HasPrefix(text, "channel ") { // concerns one connection, not the master
 			if strings.Contains(text, "open failed") {
 				m.refusals[refusalOf(text)].Add(1)
 			}
-			continue
-		}
-		m.mu.Lock()
-		if m.said = append(m.said, text); len(m.said) > 20 {
+		} else if m.said = append(m.said, text); len(m.said) > maxSaid {
 			m.said = m.said[1:]
 		}
 		m.mu.Unlock()
@@ -270,35 +289,111 @@ func refusalOf(line string) outcome {
 	return unreachable
 }
 
-// lastWord returns the last line that ssh wrote to stderr, or "".
-func (m *master) lastWord() string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if len(m.said) == 0 {
-		return ""
-	}
-	return m.said[len(m.said)-1]
-}
-
-// exitError explains the master's exit, once done is closed, in ssh's own words. A
-// killed master can exit with 0, but any exit is a failure.
+// exitError explains the master's exit, once done is closed. A killed master can exit
+// with 0, but any exit is a failure.
 func (m *master) exitError() error {
 	m.mu.Lock()
-	all := strings.Join(m.said, "\n")
-	m.mu.Unlock()
-	last := m.lastWord()
-	switch {
-	case strings.Contains(all, "REMOTE HOST IDENTIFICATION HAS CHANGED"):
-		return &connectError{"ssh: the host key of the remote host has changed: Host key verification failed. " +
-			"If that is expected, remove the old key with ssh-keygen -R", true}
-	case strings.Contains(all, "Host key verification failed"):
-		return &connectError{"ssh: " + last + " Connect to that host once with ssh and check its key", true}
-	case strings.Contains(all, "Permission denied ("):
-		return &connectError{"ssh: " + last + " rdhpf never asks for a password: use an agent or a key without a passphrase", true}
-	case last != "":
-		return &connectError{said: "ssh: " + strings.TrimPrefix(last, "ssh: ")}
+	defer m.mu.Unlock()
+	if e := explain(m.said, m.host); e != nil {
+		return e
 	}
 	return &connectError{said: "ssh ended: " + m.cmd.ProcessState.String()}
+}
+
+// causes are parts of what ssh says that tell why it failed, the most telling first, and
+// what the user can do. HOST stands for the host's arguments to ssh.
+var causes = []struct {
+	text, remedy string
+	stubborn     bool
+}{
+	{"Bad configuration option", "fix that line, or list the option after IgnoreUnknown above it", true},
+	{"Bad owner or permissions on", "run chmod 600 on that file", true},
+	{"are too open", "run chmod 600 on that file", true},
+	{"Too many authentication failures", "the agent offers too many keys: set IdentitiesOnly and IdentityFile for that host in ssh_config", true},
+	{"has changed and you have requested strict checking", "if that is expected, remove the old key: ssh-keygen -R", true},
+	{"host key is known for", "connect once and check its key: ssh HOST", true},
+	{"Host key verification failed", "connect once and check its key: ssh HOST", true},
+	{"Permission denied (", "rdhpf never asks for a password or passphrase: add the key to an agent (ssh-add), and see whether this works: ssh -o BatchMode=yes HOST", true},
+	{"Unable to negotiate with", "see whether this works: ssh HOST", true},
+	{"ssh: ", "", false}, // such as "ssh: connect to host box port 22: Connection refused"
+	{"open failed: ", "the jump host cannot reach the host", false},
+}
+
+// explain returns what ssh's stderr says about its failure to connect, or nil if it says
+// nothing.
+func explain(lines []string, h host) *connectError {
+	for _, c := range causes {
+		for _, line := range slices.Backward(lines) {
+			if !strings.Contains(line, c.text) {
+				continue
+			}
+			remedy := c.remedy
+			if _, key, ok := strings.Cut(line, "Host key for "); ok { // that of the user, or a jump host's
+				key, _, _ = strings.Cut(key, " ")
+				remedy += " '" + key + "'"
+			}
+			remedy = strings.ReplaceAll(remedy, "HOST", h.command())
+			if c.text == "Permission denied (" {
+				line = strings.Join(append(keyTroubles(lines), line), ": ")
+			}
+			return sshSaid(line, remedy, c.stubborn)
+		}
+	}
+	var generic, other string
+	for _, line := range lines {
+		switch {
+		case strings.HasPrefix(line, "**") || strings.HasPrefix(line, "Warning: Permanently added"):
+		case isGeneric(line):
+			generic = line
+		default:
+			other = line
+		}
+	}
+	switch {
+	case generic == "" && other == "":
+		return nil
+	case generic == "":
+		return sshSaid(other, "", false)
+	case strings.Contains(generic, "UNKNOWN") && other != "": // what a ProxyCommand said
+		return sshSaid(other, "", false)
+	case strings.Contains(generic, "UNKNOWN"):
+		return sshSaid(generic, "the ProxyCommand or jump host ended; see what this prints: ssh "+h.command(), false)
+	case other != "": // a banner, perhaps
+		return sshSaid(generic, fmt.Sprintf("before that it printed %q", other), false)
+	}
+	return sshSaid(generic, "", false)
+}
+
+func sshSaid(line, remedy string, stubborn bool) *connectError {
+	said := "ssh: " + strings.TrimPrefix(strings.TrimSpace(line), "ssh: ")
+	if remedy != "" {
+		said = strings.TrimSuffix(said, ".") + "; " + remedy
+	}
+	return &connectError{said, stubborn}
+}
+
+// isGeneric reports whether a line tells that the connection ended, but not why.
+func isGeneric(line string) bool {
+	for _, start := range []string{"Connection closed", "Connection reset", "Connection to ", "Disconnected from",
+		"kex_exchange_identification:", "ssh_exchange_identification:", "stdio forwarding failed", "banner exchange:", "client_loop:"} {
+		if strings.HasPrefix(line, start) {
+			return !strings.Contains(line, "timed out")
+		}
+	}
+	return false
+}
+
+// keyTroubles returns what ssh says about keys that it could not use.
+func keyTroubles(lines []string) (troubles []string) {
+	for _, line := range lines {
+		for _, text := range []string{"Load key ", "no such identity", "signing failed"} {
+			if strings.Contains(line, text) {
+				troubles = append(troubles, strings.TrimSuffix(line, "."))
+				break
+			}
+		}
+	}
+	return troubles
 }
 
 // stop ends the master and its children, and removes its socket.

@@ -23,8 +23,8 @@ func TestE2EFirstStartFails(t *testing.T) {
 		suffix string
 		says   []string
 	}{
-		{"-badkey", []string{"Permission denied (publickey", "use an agent or a key"}},
-		{"-changedkey", []string{"the host key of the remote host has changed", "Host key verification failed", "ssh-keygen -R"}},
+		{"-badkey", []string{"Permission denied (publickey", "ssh-add"}},
+		{"-changedkey", []string{"Host key for ", "has changed", "ssh-keygen -R"}},
 		{"-refused", []string{"Connection refused"}},
 		{"-unresolvable", []string{"Could not resolve hostname rdhpf.invalid"}},
 		{"-silent", []string{"timed out"}},
