@@ -28,6 +28,8 @@ const (
 var (
 	// errSilent: something has the socket and does not answer.
 	errSilent = errors.New("no answer (stopped?)")
+	// errForeign: what answers on the socket is not this version's protocol.
+	errForeign = errors.New("an rdhpf of another version has the socket")
 	// errUnhealthy ends the program with 1 when everything there is to say has been printed.
 	errUnhealthy = errors.New("not healthy")
 )
@@ -89,17 +91,20 @@ func readReply(in *bufio.Reader, result any) error {
 	} else if err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
 	}
-	reply := struct {
-		Result any     `json:"result"`
-		Error  *string `json:"error"`
-	}{Result: result}
+	var reply struct {
+		Result json.RawMessage `json:"result"`
+		Error  *string         `json:"error"`
+	}
 	if err := json.Unmarshal(line, &reply); err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
 	}
-	if reply.Error != nil {
+	switch {
+	case reply.Error != nil:
 		return refusal(printable(*reply.Error, 1000))
+	case reply.Result == nil:
+		return errForeign
 	}
-	return nil
+	return json.Unmarshal(reply.Result, result)
 }
 
 // subscribe passes on every status that the instance sends until it ends or falls silent, and returns why no more come.
@@ -281,6 +286,9 @@ func (t target) tell(method string) (answer json.RawMessage, err error) {
 		return nil, err
 	}
 	if !held {
+		if err := call(p.socket, "ping", new(json.RawMessage)); errors.Is(err, errForeign) {
+			return nil, foreign(p)
+		}
 		if t.host == nil {
 			return nil, &errNotRunning{noInstance}
 		}
@@ -295,6 +303,16 @@ func (t target) tell(method string) (answer json.RawMessage, err error) {
 		return answer, awaitEnd(p.lock, pid)
 	}
 	return answer, nil
+}
+
+// foreign says that an instance of another version runs, with what its state file tells.
+func foreign(p paths) error {
+	who := ""
+	var old struct{ PID int }
+	if body, err := os.ReadFile(p.state); err == nil && json.Unmarshal(body, &old) == nil && old.PID > 0 {
+		who = fmt.Sprintf(" (pid %d)", old.PID)
+	}
+	return fmt.Errorf("an rdhpf of another version%s is running for this host: stop it as that version says, or by a signal", who)
 }
 
 // unanswered says that a live instance could not be asked, and why.

@@ -213,7 +213,7 @@ func (e *engine) list() ([]container, error) {
 		return nil, err
 	}
 	e.limit.N = maxList
-	list, err := decodeList(resp.Body)
+	list, err := decodeList(unhurried{resp.Body, e.s})
 	if err == nil {
 		err = resp.Body.Close() // drains it, leaving the connection at the next response
 	}
@@ -224,6 +224,18 @@ func (e *engine) list() ([]container, error) {
 		return nil, e.fail("reading the list of containers", err)
 	}
 	return list, nil
+}
+
+// unhurried renews the deadline with each read: a long list over a slow link takes as long
+// as it takes.
+type unhurried struct {
+	io.Reader
+	s *muxSession
+}
+
+func (u unhurried) Read(b []byte) (int, error) {
+	u.s.SetReadDeadline(time.Now().Add(listTimeout))
+	return u.Reader.Read(b)
 }
 
 // ping waits for an answer of the engine, which shows that the link works.

@@ -12,8 +12,10 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -59,6 +61,9 @@ func (p paths) check() error {
 		path  string
 		limit int
 	}{{p.control, limit - 17}, {p.docker, limit}} {
+		if strings.Contains(c.path, "${") {
+			return fmt.Errorf("the path %s has ${, which ssh would expand: set RDHPF_DIR to another", c.path)
+		}
 		if len(c.path) > c.limit {
 			return fmt.Errorf("the socket path %s is %d bytes long, but at most %d are allowed: set RDHPF_DIR to a shorter path", c.path, len(c.path), c.limit)
 		}
@@ -133,6 +138,38 @@ func lockInstance(path string) (*os.File, error) {
 			return nil, &heldError{pid}
 		}
 		return nil, fmt.Errorf("locking %s: %w", path, err)
+	}
+}
+
+// goneAfter is how long the files of a host that rdhpf no longer runs for are kept.
+const goneAfter = 90 * 24 * time.Hour
+
+// sweepDir removes the files of instances that ended long ago.
+func sweepDir(dir string, now time.Time) {
+	all, _ := instances(dir)
+	for _, p := range all {
+		newest := time.Time{}
+		for _, path := range []string{p.lock, p.state} {
+			if info, err := os.Lstat(path); err == nil && info.ModTime().After(newest) {
+				newest = info.ModTime()
+			}
+		}
+		if own := ownLock.Load(); now.Sub(newest) < goneAfter || own != nil && own.Name() == p.lock {
+			continue
+		}
+		f, err := os.OpenFile(p.lock, os.O_RDWR|syscall.O_NOFOLLOW, 0)
+		if err != nil {
+			continue
+		}
+		if unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}) == nil {
+			for _, path := range []string{p.state, p.lock} {
+				os.Remove(path)
+			}
+			for _, path := range []string{p.socket, p.control, p.docker, p.engine} {
+				removeSocket(path)
+			}
+		}
+		f.Close()
 	}
 }
 

@@ -712,7 +712,7 @@ func (l *link) hold(ctx context.Context, m *master, s *muxStream) probeResult {
 		case ctx.Err() != nil || !errors.Is(err, os.ErrDeadlineExceeded) && m.alive() != nil:
 			return probeUnknown
 		case !errors.Is(err, os.ErrDeadlineExceeded):
-			return probeSilent
+			return probeClosed
 		case wait == probeHold && l.roundTrip(ctx) != nil:
 			return probeUnknown
 		}

@@ -152,6 +152,9 @@ func command(args []string) error {
 		fmt.Print(usage)
 		return nil
 	}
+	if args[0] == "completion" {
+		return usageError{errors.New("there is no completion any more")}
+	}
 	return usageError{fmt.Errorf("unknown command %q: see rdhpf help", args[0])}
 }
 
@@ -190,9 +193,21 @@ func parseFlagsAndArgs(f *flag.FlagSet, args []string) error {
 		return err
 	}
 	if err != nil {
+		for _, old := range bygone {
+			if strings.HasSuffix(err.Error(), "not defined: -"+old.flag) {
+				return usageError{fmt.Errorf("there is no -%s any more: use %s", old.flag, old.instead)}
+			}
+		}
 		return usageError{fmt.Errorf("%w: see rdhpf %s -h", err, f.Name())}
 	}
 	return nil
+}
+
+// bygone are flags of earlier versions.
+var bygone = []struct{ flag, instead string }{
+	{"format", "-json, or nothing for the table"},
+	{"trace", "-log-level debug"},
+	{"verbose", "-log-level debug"},
 }
 
 // runFlags are the flags of run, checked.
@@ -265,6 +280,9 @@ func runCommand(args []string) error {
 		}
 	})
 	defer end()
+	if os.Getenv("RDHPF_LOG_LEVEL") != "" {
+		log.Warn("RDHPF_LOG_LEVEL has no effect any more: use -log-level")
+	}
 	if r.log = log; r.command != nil {
 		return runAround(r.runOptions, r.command, r.wait)
 	}

@@ -122,6 +122,7 @@ func run(ctx context.Context, o runOptions) error {
 	if err != nil {
 		return err
 	}
+	sweepDir(p.dir, time.Now())
 	r := &runner{runOptions: o, paths: p, ssh: ssh, lock: lock, tasks: make(chan func(time.Time), 64),
 		gate: newGate(), doors: make(map[key]*door)}
 	defer func() { r.lock.Close() }()
@@ -467,6 +468,8 @@ func (r *runner) happened(now time.Time, l *link, ev event) {
 		r.state.diedNow(now, ev.id)
 	case "start":
 		r.state.startedNow(now, ev.id)
+	case "pause", "unpause":
+		r.state.frozenNow(now, ev.id, ev.action == "pause")
 	case "health_status":
 		r.state.lookAgain(now, ev.id)
 		return // the list does not change

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -29,6 +30,7 @@ const (
 const (
 	reasonProbing = "probing"
 	reasonSilent  = "port not responding"
+	reasonCloses  = reasonSilent + ": connections are closed at once (a service that means to needs -no-probe)"
 	reasonLost    = "ssh connection lost, reconnecting"
 	reasonPaused  = "paused"
 	reasonFrozen  = "container paused"
@@ -37,10 +39,12 @@ const (
 )
 
 const (
+	maxForwards  = 10_000
 	bindAttempts = 5
 	bindDelay    = 100 * time.Millisecond // after the first failure; doubles with each further one
 	slowLook     = 2 * time.Second        // between checks of a conflict; also the longest wait between probes
 	holderEvery  = 15                     // checks of a conflict per lookup of the port's owner
+	frozenFor    = time.Second            // an event of pause or unpause outweighs lists
 	diedFor      = 30 * time.Second       // the longest a dead container's id is remembered
 	staleAfter   = 30 * time.Second       // evidence older than this is refreshed when a client asks
 )
@@ -115,6 +119,7 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 	wants := make(map[key]want)
 	skipped := []skippedPort{}
 	for _, c := range list {
+		tooMany := 0
 		skip := func(p port, reason string) {
 			skipped = append(skipped, skippedPort{c.id, c.name, p.public, p.proto, reason})
 		}
@@ -138,9 +143,17 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 			}
 			w := c.want(p, local)
 			w.noProbe = c.noProbe || has(cfg.noProbe, p.public)
-			if _, taken := wants[w.key]; !taken {
-				wants[w.key] = w
+			if _, taken := wants[w.key]; taken {
+				continue
 			}
+			if len(wants) == maxForwards {
+				tooMany++
+				continue
+			}
+			wants[w.key] = w
+		}
+		if tooMany > 0 {
+			skip(port{proto: "tcp"}, fmt.Sprintf("%d of its ports: at most %d are forwarded; see -only", tooMany, maxForwards))
 		}
 	}
 	slices.SortStableFunc(skipped, func(a, b skippedPort) int { return cmp.Compare(a.Port, b.Port) })
@@ -231,6 +244,7 @@ const (
 	unseen                 // open; the service has not been seen yet
 	answering              // open; the service answered when last seen
 	silent                 // open; the service does not answer
+	closing                // open; something accepts connections, and closes them at once
 	forbidden              // open; the SSH server prohibits connecting
 )
 
@@ -290,7 +304,8 @@ type state struct {
 	skipped  []skippedPort
 	list     []container
 	died     map[string]time.Time
-	ready    bool // connected, and a list has arrived since
+	frozen   map[string]freeze // containers just paused or unpaused
+	ready    bool              // connected, and a list has arrived since
 	paused   bool
 	probes   int  // in progress
 	probe    int  // number of the last probe
@@ -300,7 +315,7 @@ type state struct {
 
 func newState(cfg *config, probeMax int) *state {
 	return &state{cfg: cfg, probeMax: probeMax, forwards: make(map[key]*forward),
-		skipped: []skippedPort{}, died: make(map[string]time.Time)}
+		skipped: []skippedPort{}, died: make(map[string]time.Time), frozen: make(map[string]freeze)}
 }
 
 func (s *state) note(level slog.Level, f *forward, text string) {
@@ -319,10 +334,14 @@ func (s *state) set(f *forward, now time.Time, status, reason string) {
 
 // listed handles a complete list of the running containers.
 func (s *state) listed(now time.Time, list []container) {
+	maps.DeleteFunc(s.frozen, func(_ string, f freeze) bool { return now.Sub(f.at) >= frozenFor })
 	shown := make(map[string]bool, len(list))
 	live := make([]container, 0, len(list))
 	for _, c := range list {
 		shown[c.id] = true
+		if f, told := s.frozen[c.id]; told {
+			c.paused = f.paused
+		}
 		if _, dead := s.died[c.id]; !dead {
 			live = append(live, c)
 		}
@@ -361,6 +380,28 @@ func (s *state) startedNow(now time.Time, id string) {
 	}
 }
 
+// freeze is a container's last pause or unpause.
+type freeze struct {
+	at     time.Time
+	paused bool
+}
+
+// frozenNow handles the pause or unpause of a container. Docker 20.10 tells of it before
+// its lists do.
+func (s *state) frozenNow(now time.Time, id string, paused bool) {
+	if len(s.frozen) < maxContainer {
+		s.frozen[id] = freeze{now, paused}
+	}
+	list := slices.Clone(s.list)
+	for i := range list {
+		if list[i].id == id {
+			list[i].paused = paused
+		}
+	}
+	s.list = list
+	s.reconcile(now)
+}
+
 // configure applies a new configuration; unaffected forwards stay open.
 func (s *state) configure(now time.Time, cfg *config) {
 	s.cfg = cfg
@@ -388,6 +429,7 @@ func (s *state) disconnected() {
 		}
 	}
 	clear(s.died)
+	clear(s.frozen)
 }
 
 func (s *state) reconcile(now time.Time) {
@@ -546,6 +588,8 @@ func (s *state) judge(f, holder *forward, now time.Time) {
 		s.set(f, now, active, "")
 	case f.stage == silent:
 		s.set(f, now, pending, reasonSilent)
+	case f.stage == closing:
+		s.set(f, now, pending, reasonCloses)
 	case f.stage == forbidden:
 		s.set(f, now, pending, reasonRefused)
 	default:
@@ -654,6 +698,7 @@ const (
 	probeAnswered                     // the service answers
 	probeSilent                       // the service does not answer
 	probeForbidden                    // the SSH server prohibits connecting
+	probeClosed                       // something accepts connections, and closes them at once
 )
 
 // probeDone handles the result of a probe.
@@ -677,6 +722,8 @@ func (s *state) probeDone(now time.Time, k key, probe int, result probeResult) {
 		f.stage, f.tries, f.due, f.verified = answering, 0, time.Time{}, now
 	case probeSilent:
 		f.stage = silent
+	case probeClosed:
+		f.stage = closing
 	case probeForbidden:
 		f.moan = f.stage != forbidden
 		f.stage = forbidden

@@ -180,6 +180,9 @@ func inspect(ctx context.Context, p paths, h *host) (*report, error) {
 		snap.clean()
 		return &report{snapshot: snap, Source: "socket", Running: true}, nil
 	}
+	if errors.Is(asked, errForeign) {
+		return nil, errMute{foreign(p)}
+	}
 	pid, held, err := lockedBy(p.lock)
 	if err != nil {
 		return nil, err
