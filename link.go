@@ -88,6 +88,7 @@ func (l *link) run() error {
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer removeSocket(l.r.paths.engine)
 	defer m.stop() // runs first: a master that does not answer blocks the others
 	l.tell(func(time.Time) {
 		l.master = m
@@ -347,6 +348,9 @@ func (m *master) dial(ctx context.Context, to netip.AddrPort) (*muxStream, error
 		return nil, io.ErrUnexpectedEOF
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	}
+	if m.onlySix.Load() && to.Addr() == loopback4 {
+		to = netip.AddrPortFrom(loopback6, to.Port())
 	}
 	return muxOpenStream(ctx, m.control, to, func() { <-m.dials })
 }
@@ -615,6 +619,12 @@ func (l *link) probeOnce(ctx context.Context, m *master, w want, rtt time.Durati
 		}
 	}
 	s, got := m.attempt(ctx, w.remote)
+	if got == unreachable && w.remote.Addr() == loopback4 && !m.onlySix.Load() { // AddressFamily inet6 in its sshd_config?
+		if six, at6 := m.attempt(ctx, netip.AddrPortFrom(loopback6, w.remote.Port())); at6 == wasReached {
+			m.onlySix.Store(true)
+			s, got = six, at6
+		}
+	}
 	switch got {
 	case wasReached:
 		defer s.Close()

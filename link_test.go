@@ -967,6 +967,7 @@ func TestProbe(t *testing.T) {
 		direct    = "172.17.0.2 8080"
 		published = "127.0.0.1 80"
 		gateway   = "172.17.0.1 1"
+		six       = "::1 80"
 	)
 	var (
 		rootless   = func(w *want) { w.direct, w.gateway = netip.Addr{}, netip.Addr{} }
@@ -1010,7 +1011,8 @@ func TestProbe(t *testing.T) {
 		{"published, speaks", rootless, remote{published: "accepts and speaks"}, true, probeAnswered},
 		{"published, nobody behind the proxy", rootless, remote{published: "accepts and closes"}, true, probeClosed},
 		{"published, refused", rootless, remote{published: "refused"}, false, probeSilent},
-		{"published, unreachable", rootless, remote{published: "unreachable"}, false, probeSilent},
+		{"published, unreachable", rootless, remote{published: "unreachable", six: "refused"}, false, probeSilent},
+		{"published, the server connects over IPv6 only", rootless, remote{published: "unreachable", six: "accepts"}, false, probeAnswered},
 		{"published, forbidden", rootless, remote{published: "forbidden"}, false, probeForbidden},
 		{"held, but the link is silent", rootless, remote{published: "accepts"}, true, probeUnknown},
 		{"the link is silent", rootless, remote{published: "hangs"}, true, probeUnknown},

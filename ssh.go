@@ -35,7 +35,10 @@ const (
 type sshProgram struct {
 	path         string
 	major, minor int
-	timeout      time.Duration // for a connection, if ssh_config has one for the host
+
+	// What ssh_config has for the host.
+	timeout time.Duration // for a connection; 0: none
+	jump    string        // the last jump host; "": none
 }
 
 // findSSH finds ssh on PATH and determines its version.
@@ -56,14 +59,17 @@ func findSSH() (sshProgram, error) {
 	return p, nil
 }
 
-// readConfig reads the ConnectTimeout that ssh_config has for the host. Mistakes in it are
-// reported by the connection.
+// readConfig reads what ssh_config has for the host. Mistakes in it are reported by the
+// connection.
 func (prog *sshProgram) readConfig(h host) {
 	out, _ := exec.Command(prog.path, append([]string{"-G"}, h.sshArgs()...)...).Output()
 	for line := range strings.Lines(string(out)) {
 		if value, ok := strings.CutPrefix(line, "connecttimeout "); ok {
 			seconds, _ := strconv.ParseUint(strings.TrimSpace(value), 10, 16) // or "none"
 			prog.timeout = time.Duration(seconds) * time.Second
+		} else if value, ok := strings.CutPrefix(line, "proxyjump "); ok {
+			jumps := strings.Split(strings.TrimSpace(value), ",")
+			prog.jump = jumps[len(jumps)-1]
 		}
 	}
 }
@@ -94,11 +100,13 @@ func (prog sshProgram) args(h host, control string) []string {
 // master is a running ssh master. Its fields are set before it is shared.
 type master struct {
 	host    host
+	jump    string // as in sshProgram
 	control string
 	socket  os.FileInfo // of the control socket, to detect replacement
 	cmd     *exec.Cmd
 	done    chan struct{} // closed when the process has been waited for
 
+	onlySix  atomic.Bool             // the server connects to IPv6 addresses only
 	dials    chan struct{}           // semaphore for concurrent dials
 	refusals [nOutcomes]atomic.Int64 // streams that could not be opened, according to ssh's stderr
 	probes   sync.RWMutex            // read-held by probes in progress
@@ -136,7 +144,7 @@ func (prog sshProgram) startMaster(ctx context.Context, h host, control string, 
 	if err != nil {
 		return nil, fmt.Errorf("starting ssh: %w", err)
 	}
-	m := &master{host: h, control: control, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}), dials: make(chan struct{}, maxDials),
+	m := &master{host: h, jump: prog.jump, control: control, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}), dials: make(chan struct{}, maxDials),
 		routed: make(chan struct{}), freed: make(chan struct{}, 1)}
 	m.cmd.Stderr = w
 	err = startChild(m.cmd)
@@ -295,6 +303,9 @@ func (m *master) exitError() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if e := explain(m.said, m.host); e != nil {
+		if m.jump != "" && strings.Contains(e.said, "timed out") { // the options of ours do not reach the jump host
+			e.said += "; if ssh keeps a connection to the jump host that is dead, end it: ssh -O exit ssh://" + strings.TrimPrefix(m.jump, "ssh://")
+		}
 		return e
 	}
 	return &connectError{said: "ssh ended: " + m.cmd.ProcessState.String()}
@@ -313,6 +324,8 @@ var causes = []struct {
 	{"has changed and you have requested strict checking", "if that is expected, remove the old key: ssh-keygen -R", true},
 	{"host key is known for", "connect once and check its key: ssh HOST", true},
 	{"Host key verification failed", "connect once and check its key: ssh HOST", true},
+	{"Permission denied (keyboard-interactive)", "the server asks a person at each login, whom rdhpf cannot be: have it accept a key alone " +
+		"for that account (AuthenticationMethods publickey in its sshd_config)", true},
 	{"Permission denied (", "rdhpf never asks for a password or passphrase: add the key to an agent (ssh-add), and see whether this works: ssh -o BatchMode=yes HOST", true},
 	{"Unable to negotiate with", "see whether this works: ssh HOST", true},
 	{"ssh: ", "", false}, // such as "ssh: connect to host box port 22: Connection refused"
@@ -333,7 +346,7 @@ func explain(lines []string, h host) *connectError {
 				remedy += " '" + key + "'"
 			}
 			remedy = strings.ReplaceAll(remedy, "HOST", h.command())
-			if c.text == "Permission denied (" {
+			if strings.HasPrefix(c.text, "Permission denied (") {
 				line = strings.Join(append(keyTroubles(lines), line), ": ")
 			}
 			return sshSaid(line, remedy, c.stubborn)

@@ -19,6 +19,8 @@ type field struct {
 	t   *testing.T
 	g   *testRig
 	dir string
+
+	sshd func(config string) // starts another
 }
 
 // Ports of the field's sshd.
@@ -26,6 +28,7 @@ const (
 	fieldBanner = 2301 + iota // with two attempts at authentication
 	fieldLogin                // asks for another account
 	fieldForced               // forces the command docker system dial-stdio
+	fieldSix                  // of an sshd that listens and connects over IPv6 only
 )
 
 // newField starts the sshd and writes aliases, each with its lines of ssh_config, in which
@@ -33,7 +36,7 @@ const (
 func newField(t *testing.T, aliases map[string]string) *field {
 	t.Helper()
 	g := needRig(t)
-	f := &field{t, g, t.TempDir()}
+	f := &field{t: t, g: g, dir: t.TempDir()}
 	rig := g.env["RIG_DIR"]
 	f.write("banner", "A private system.\nAll is logged.\n")
 	f.write("sshd_config", fmt.Sprintf(`Port %d
@@ -80,7 +83,10 @@ IdentityFile %[3]s/key
 	if err != nil {
 		sshd = "/usr/sbin/sshd"
 	}
-	background(t, "nsenter", "--net=/run/netns/"+g.env["RIG_NS"], sshd, "-D", "-e", "-f", f.path("sshd_config"))
+	f.sshd = func(config string) {
+		background(t, "nsenter", "--net=/run/netns/"+g.env["RIG_NS"], sshd, "-D", "-e", "-f", f.path(config))
+	}
+	f.sshd("sshd_config")
 	eventually(t, "the field's sshd", func() error {
 		c, err := net.Dial("tcp", net.JoinHostPort(g.env["RIG_ADDR"], fmt.Sprint(fieldForced)))
 		if err == nil {
@@ -266,4 +272,44 @@ func TestE2EFieldRetry(t *testing.T) {
 	slow.start()
 	slow.waitLine("connecting to ssh://slow")
 	slow.waitLine("connected to ssh://slow")
+}
+
+// A server that connects over IPv6 only cannot be asked for 127.0.0.1.
+func TestE2EFieldInet6(t *testing.T) {
+	g := needRig(t)
+	f := newField(t, map[string]string{"six": fmt.Sprintf("ProxyCommand nsenter --net=/run/netns/%s nc ::1 %d", g.env["RIG_NS"], fieldSix)})
+	f.write("six_config", fmt.Sprintf("AddressFamily inet6\nListenAddress ::1\nPort %d\nHostKey %s/host_key\nAuthorizedKeysFile %[2]s/authorized_keys\n"+
+		"PidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\nSetEnv DOCKER_HOST=unix://%s\n",
+		fieldSix, g.env["RIG_DIR"], g.env["RIG_DOCKER"]))
+	f.sshd("six_config")
+	port := freePorts(t, 1)
+	b := g.boot(t, port)
+	p := f.run("six", "-retry") // the server may not listen yet
+	p.start()
+	p.waitLine("connected to ")
+	p.becomes(port, "active", "")
+	b.answers(port)
+}
+
+// The connection that the user's ssh keeps to the jump host is dead: it is told how to end it.
+func TestE2EFieldDeadJumpMaster(t *testing.T) {
+	f := newField(t, map[string]string{"hop": "ControlMaster auto\nControlPath DIR/hop.ctl\nControlPersist yes", "far": "ProxyJump hop\nConnectTimeout 2"})
+	ssh := exec.Command(f.path("ssh"), "hop", "true")
+	if out, err := ssh.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	check, err := exec.Command(f.path("ssh"), "-O", "check", "hop").CombinedOutput()
+	var pid int
+	if _, scan := fmt.Sscanf(string(check), "Master running (pid=%d)", &pid); err != nil || scan != nil {
+		t.Fatalf("%v: %s", err, check)
+	}
+	t.Cleanup(func() { syscall.Kill(pid, syscall.SIGKILL) })
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	p := f.run("far", "-retry")
+	p.start()
+	p.waitLine("if ssh keeps a connection to the jump host that is dead, end it: ssh -O exit ssh://hop")
+	syscall.Kill(pid, syscall.SIGKILL) // as -O exit would, if it were not stopped
+	p.waitLine("connected to ")
 }
