@@ -53,7 +53,7 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 MaxAuthTries 2
 Banner %s/banner
-SetEnv DOCKER_HOST=unix://%s
+SetEnv SHLVL=1 DOCKER_HOST=unix://%s
 Match LocalPort %[2]d
 	ForceCommand echo 'Please login as the user "admin".'; exec sleep 60
 Match LocalPort %[3]d
@@ -279,7 +279,7 @@ func TestE2EFieldInet6(t *testing.T) {
 	g := needRig(t)
 	f := newField(t, map[string]string{"six": fmt.Sprintf("ProxyCommand nsenter --net=/run/netns/%s nc ::1 %d", g.env["RIG_NS"], fieldSix)})
 	f.write("six_config", fmt.Sprintf("AddressFamily inet6\nListenAddress ::1\nPort %d\nHostKey %s/host_key\nAuthorizedKeysFile %[2]s/authorized_keys\n"+
-		"PidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\nSetEnv DOCKER_HOST=unix://%s\n",
+		"PidFile none\nUsePAM no\nStrictModes no\nPermitRootLogin prohibit-password\nSetEnv SHLVL=1 DOCKER_HOST=unix://%s\n",
 		fieldSix, g.env["RIG_DIR"], g.env["RIG_DOCKER"]))
 	f.sshd("six_config")
 	port := freePorts(t, 1)
