@@ -417,3 +417,41 @@ func TestHeldError(t *testing.T) {
 		}
 	}
 }
+
+func TestSweepDir(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	make := func(host string, age time.Duration) paths {
+		p := pathsFor(dir, host)
+		for _, path := range []string{p.lock, p.state} {
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chtimes(path, now.Add(-age), now.Add(-age)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return p
+	}
+	gone, recent, used, held := make("ssh://gone", goneAfter+time.Hour), make("ssh://recent", time.Hour), make("ssh://used", goneAfter+time.Hour), make("ssh://held", goneAfter+time.Hour)
+	if err := os.Chtimes(used.state, now, now); err != nil {
+		t.Fatal(err)
+	}
+	if l := startLocker(t, held.lock); l.says(t) != "got" {
+		t.Fatal("the lock was not taken")
+	}
+	sweepDir(dir, now)
+	for _, c := range []struct {
+		p    paths
+		left bool
+	}{{gone, false}, {recent, true}, {used, true}, {held, true}} {
+		for _, path := range []string{c.p.lock, c.p.state} {
+			if _, err := os.Lstat(path); (err == nil) != c.left {
+				t.Errorf("%s: %v, want it left: %v", path, err, c.left)
+			}
+		}
+	}
+}

@@ -126,8 +126,9 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 		if c.hostNet {
 			skip(port{proto: "tcp"}, "host network: the container publishes no ports")
 		}
+		best := c.best()
 		for i, p := range c.ports {
-			if repeated(c.ports, i) {
+			if best[p.number()] != i {
 				continue
 			}
 			local, reason := cfg.local(p.public)
@@ -175,18 +176,25 @@ func (ctr *container) want(p port, local netip.AddrPort) want {
 	return w
 }
 
-// repeated reports whether the i-th port is also published, under the same
-// number, on an address preferred by reach. Engines list 0.0.0.0, :: and each
-// single address separately; one forward serves them all.
-func repeated(ports []port, i int) bool {
-	for j, q := range ports {
-		p := ports[i]
-		same := q.private == p.private && q.public == p.public && q.proto == p.proto
-		if order := cmp.Compare(reach(q.ip), reach(p.ip)); same && (order < 0 || order == 0 && j < i) {
-			return true
+// number is a published port apart from its address.
+type number struct {
+	private, public uint16
+	proto           string
+}
+
+func (p port) number() number { return number{p.private, p.public, p.proto} }
+
+// best returns the indices of the ports to forward. Engines list 0.0.0.0, :: and each
+// single address separately; one forward, to the address preferred by reach, serves them
+// all.
+func (ctr *container) best() map[number]int {
+	best := make(map[number]int, len(ctr.ports))
+	for i, p := range ctr.ports {
+		if j, seen := best[p.number()]; !seen || reach(p.ip) < reach(ctr.ports[j].ip) {
+			best[p.number()] = i
 		}
 	}
-	return false
+	return best
 }
 
 // reach ranks the addresses on which a port can be published; the lowest is the

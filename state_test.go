@@ -226,7 +226,10 @@ func owner(text, who string) happening {
 }
 func dies(id string) happening   { return func(d *driver) { d.diedNow(d.now, id) } }
 func starts(id string) happening { return func(d *driver) { d.startedNow(d.now, id) } }
-func pauses(p bool) happening    { return func(d *driver) { d.pause(d.now, p) } }
+func freezes(id string, paused bool) happening {
+	return func(d *driver) { d.frozenNow(d.now, id, paused) }
+}
+func pauses(p bool) happening { return func(d *driver) { d.pause(d.now, p) } }
 func reloads(c *config) happening {
 	return func(d *driver) { d.configure(d.now, c) }
 }
@@ -749,6 +752,22 @@ func TestStateSteps(t *testing.T) {
 			{0, up(ctr(idA, "web", "1", "2"), "1", "2"), "", "1 active; 2 active", 0},
 			{0, reloads(mapped(map[uint16]uint16{2: 1}, nil, nil)), "close 2", "1 active; 1>2 conflict *web (" + idA + ")*", 0},
 		}},
+		{"pause and unpause show at their events, though lists lag behind", []step{
+			{0, up(web, "8080"), "", "8080 active", 0},
+			{0, freezes(idA, true), "", "8080 pending container paused", 0},
+			{100 * ms, lists(web), "", "8080 pending container paused", 0},
+			{2 * time.Second, lists(frozen(web)), "", "8080 pending container paused", 0},
+			{0, freezes(idA, false), "probe 8080", "8080 pending probing", 0},
+			{100 * ms, lists(frozen(web)), "", "8080 pending probing", 0},
+			{0, probes("8080", probeAnswered), "", "8080 active", 0},
+			{2 * time.Second, lists(frozen(web)), "", "8080 pending container paused", 0}, // the truth after all
+		}},
+		{"something closes every connection", []step{
+			{0, lists(web), "open 8080; probe 8080", "*", 0},
+			{0, probes("8080", probeClosed), "", "8080 pending " + reasonCloses, 100 * ms},
+			{100 * ms, waits, "probe 8080", "8080 pending " + reasonCloses, 0},
+			{0, probes("8080", probeAnswered), "", "8080 active", 0},
+		}},
 		{"answers that nobody waits for", []step{
 			{0, up(web, "8080"), "", "8080 active", 0},
 			{0, all(func(d *driver) { d.openDone(d.now, d.key("8080"), inUse) }, owner("8080", "x, pid 1"), probes("8080", probeSilent)), "", "8080 active", 0},
@@ -765,6 +784,22 @@ func TestStateSteps(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A container can publish every port there is; what is beyond the limit is told of.
+func TestDesiredLimit(t *testing.T) {
+	all := container{id: idA, name: "all"}
+	for p := 1; p <= 65535; p++ {
+		all.ports = append(all.ports, port{netip.IPv4Unspecified(), 80, uint16(p), "tcp"})
+	}
+	wants, skipped := desired([]container{ctr(idB, "web", "8080"), all}, plainConfig())
+	if len(wants) != maxForwards {
+		t.Errorf("%d forwards, want %d", len(wants), maxForwards)
+	}
+	want := []skippedPort{{idA, "all", 0, "tcp", fmt.Sprintf("%d of its ports: at most %d are forwarded; see -only", 65535-maxForwards, maxForwards)}}
+	if !slices.Equal(skipped, want) {
+		t.Errorf("skipped %v, want %v", skipped, want)
 	}
 }
 
