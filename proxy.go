@@ -81,7 +81,7 @@ func (p *proxy) hold(resp *http.Response) error {
 // fail answers a request that could not be passed on. Docker's tools print the message.
 func (p *proxy) fail(w http.ResponseWriter, req *http.Request, err error) {
 	if req.Context().Err() != nil {
-		return // the client has left
+		panic(http.ErrAbortHandler) // the client has left, or the instance ends; to return would answer 200
 	}
 	status, text := http.StatusBadGateway, "the remote engine cannot be reached: "+err.Error()
 	snap, _ := p.board.look()
