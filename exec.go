@@ -134,7 +134,7 @@ func (t target) runningWithDocker() (*snapshot, error) {
 // its own, which ends with the command. It returns the command's exit status.
 func runAround(o runOptions, argv []string, wait time.Duration) error {
 	program, err := exec.LookPath(argv[0])
-	if errors.Is(err, fs.ErrPermission) {
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EISDIR) {
 		return &commandEnd{exitNotExecutable, err}
 	} else if err != nil {
 		return &commandEnd{exitNotFound, err}
