@@ -828,4 +828,3 @@ func TestProxyHostile(t *testing.T) {
 		}
 	}
 }
-
