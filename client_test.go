@@ -139,3 +139,93 @@ func TestFollowCutOff(t *testing.T) {
 		})
 	}
 }
+
+// A DOCKER_HOST that is the socket of an instance means the host of that instance, whatever else is configured.
+func TestFindHost(t *testing.T) {
+	const served = "ssh://me@box.invalid"
+	dir := stateFolder(t)
+	p := pathsFor(dir, served)
+	write := func(snap *snapshot) {
+		t.Helper()
+		if err := writeState(p.state, snap); err != nil {
+			t.Fatal(err)
+		}
+	}
+	of := func(host string) *snapshot {
+		snap := socketSnap("x")
+		snap.Host, snap.UpdatedAt = host, epoch
+		return snap
+	}
+	find := func(flag, dockerHost string) (string, error) {
+		t.Setenv("DOCKER_HOST", dockerHost)
+		h, err := findHost(flag, dir, "/nonexistent")
+		if err != nil {
+			return "", err
+		}
+		return h.String(), nil
+	}
+	t.Setenv("DOCKER_CONTEXT", "")
+
+	write(of(served))
+	for _, c := range []struct {
+		name, flag, dockerHost string
+		want, err              string
+	}{
+		{"the socket", "", "unix://" + p.docker, served, ""},
+		{"written in another way", "", "unix://" + dir + "//x/../" + filepath.Base(p.docker), served, ""},
+		{"a flag comes first", "elsewhere", "unix://" + p.docker, "ssh://elsewhere", ""},
+		{"the other socket", "", "unix://" + p.socket, "", "DOCKER_HOST is unix://"},
+		{"without a scheme", "", p.docker, "", "DOCKER_HOST is "},
+		{"of another scheme", "", "tcp://" + p.docker, "", "DOCKER_HOST is "},
+		{"in another directory", "", "unix:///run/" + filepath.Base(p.docker), "", "rdhpf needs ssh://"},
+		{"below the directory", "", "unix://" + dir + "/x/" + filepath.Base(p.docker), "", "rdhpf needs ssh://"},
+		{"of nobody", "", "unix://" + dir + "/nobody.docker.sock", "", "the socket of no known instance"},
+		{"another host", "", "ssh://plain", "ssh://plain", ""},
+	} {
+		got, err := find(c.flag, c.dockerHost)
+		if got != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%s: %q, %v, want %q, %q", c.name, got, err, c.want, c.err)
+		}
+	}
+	if _, err := find("", "unix://"+dir+"/nobody.docker.sock"); !strings.Contains(fmt.Sprint(err), dir+"/nobody.docker.sock") || errors.Is(err, errNoHost) {
+		t.Errorf("of nobody: %v", err)
+	}
+
+	// A state file of another host, or one that names none, is not believed.
+	for _, host := range []string{"ssh://somebody@else.invalid", "tcp://box:2375", ""} {
+		write(of(host))
+		if got, err := find("", "unix://"+p.docker); err == nil {
+			t.Errorf("with a state file of %q: %q", host, got)
+		}
+	}
+
+	// Without a state file the instance itself is asked.
+	if err := os.Remove(p.state); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := find("", "unix://"+p.docker); err == nil {
+		t.Errorf("with neither a file nor an instance: %q", got)
+	}
+	for host, want := range map[string]string{served: served, "ssh://somebody@else.invalid": ""} {
+		l, err := listenSocket(p.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan struct{})
+		srv := &server{board: newBoard(of(host)), stop: func() {}}
+		srv.ask = func(context.Context, string) (any, error) {
+			snap, _ := srv.board.look()
+			return snap, nil
+		}
+		go func() {
+			defer close(done)
+			srv.serve(ctx, l)
+		}()
+		if got, err := find("", "unix://"+p.docker); got != want || (err == nil) != (want != "") {
+			t.Errorf("asked an instance of %s: %q, %v", host, got, err)
+		}
+		cancel()
+		<-done
+	}
+}

@@ -17,6 +17,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -134,7 +135,7 @@ func (t target) runningWithDocker() (*snapshot, error) {
 // its own, which ends with the command. It returns the command's exit status.
 func runAround(o runOptions, argv []string, wait time.Duration) error {
 	program, err := exec.LookPath(argv[0])
-	if errors.Is(err, fs.ErrPermission) {
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EISDIR) {
 		return &commandEnd{exitNotExecutable, err}
 	} else if err != nil {
 		return &commandEnd{exitNotFound, err}
@@ -148,13 +149,14 @@ func runAround(o runOptions, argv []string, wait time.Duration) error {
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	ended := make(chan struct{})
+	var running atomic.Bool // the command
 	go func() {
 		defer close(ended)
-		err := keepInstance(ctx, o)
-		if ctx.Err() == nil { // it is over before the command is
+		err := cmp.Or(keepInstance(ctx, o), errors.New("rdhpf was stopped"))
+		early := ctx.Err() == nil
+		if cancel(err); early && running.Load() {
 			o.log.Error(fmt.Sprintf("ports are no longer forwarded: %v", err))
 		}
-		cancel(err)
 	}()
 	defer func() {
 		cancel(nil)
@@ -195,6 +197,9 @@ func runAround(o runOptions, argv []string, wait time.Duration) error {
 		for i, value := range toolEnv(now.snap) {
 			cmd.Env = append(cmd.Env, toolVars[i]+"="+value) // the last one counts
 		}
+	}
+	if running.Store(true); ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	return execute(cmd, signals)
 }

@@ -349,6 +349,39 @@ func TestLockInstance(t *testing.T) {
 	}
 }
 
+// To ask who holds the lock does not release it, not even where the holder asks: closing any descriptor of the file would.
+func TestLockedBy(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.lock")
+	is := func(what string, pid int, held bool) {
+		t.Helper()
+		if gotPID, got, err := lockedBy(path); gotPID != pid || got != held || err != nil {
+			t.Errorf("%s: %d, %v, %v, want %d, %v", what, gotPID, got, err, pid, held)
+		}
+	}
+	is("no file", 0, false)
+	mine, err := lockInstance(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mine.Close()
+	want := fmt.Sprintf("held by %d: ", os.Getpid())
+	for range 2 {
+		is("held here", os.Getpid(), true)
+		if s := startLocker(t, path).says(t); !strings.HasPrefix(s, want) {
+			t.Fatalf("after the holder has asked, another process says %q, want %q…", s, want)
+		}
+	}
+	mine.Close()
+	is("released", 0, false)
+	other := startLocker(t, path)
+	if s := other.says(t); s != "got" {
+		t.Fatal(s)
+	}
+	is("held elsewhere", other.pid(), true)
+	other.end()
+	is("free again", 0, false)
+}
+
 // Of those started together exactly one wins, and the others name it.
 func TestLockTogether(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "x.lock")

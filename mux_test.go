@@ -36,6 +36,8 @@ func TestMuxEncode(t *testing.T) {
 		frame      *muxFrame
 	}{
 		{"hello", "00000008" + "00000001" + "00000004", newMuxFrame(muxHello).u32(muxVersion)},
+		{"forward", "00000025" + "10000006" + "00000001" + "00000001" + "00000002" + "2f61" + "fffffffe" + "00000007" + "2f622e736f636b" + "fffffffe",
+			newMuxFrame(muxOpenFwd).u32(1).u32(1).str("/a").u32(0xfffffffe).str("/b.sock").u32(0xfffffffe)},
 		{"strings", "00000011" + "10000008" + "00000007" + "00000001" + "61" + "00000000", newMuxFrame(muxStdioFwd).u32(7).str("a").str("")},
 	} {
 		if got := hex.EncodeToString(tt.frame.bytes()); got != tt.want {
@@ -227,6 +229,82 @@ func TestMuxHostileReplies(t *testing.T) {
 			t.Errorf("%s: %#v", tt.name, err)
 		}
 		m.Close()
+	}
+}
+
+// A forward is asked for with both ends as paths, and is there, or refused, by the reply.
+func TestMuxForward(t *testing.T) {
+	t.Parallel()
+	const here, there = "/d/x.engine", "/run/docker.sock"
+	for _, tt := range []struct {
+		name, error string
+		refused     bool
+		answer      func(typ, id uint32) []byte
+	}{
+		{"well", "", false, func(typ, id uint32) []byte { return newMuxFrame(muxOK).u32(id).bytes() }},
+		{"denied", "refused by ssh: no", true, func(typ, id uint32) []byte { return newMuxFrame(muxDenied).u32(id).str("no").bytes() }},
+		{"failed", "refused by ssh: Port forwarding failed", true, func(typ, id uint32) []byte {
+			return newMuxFrame(muxFailure).u32(id).str("Port forwarding failed").bytes()
+		}},
+		{"a port", "instead of 0x80000001", false, func(typ, id uint32) []byte { return newMuxFrame(muxAlive).u32(id).u32(1).bytes() }},
+		{"hangs up", "EOF", false, func(typ, id uint32) []byte { return nil }},
+		{"answers nothing", "i/o timeout", false, func(typ, id uint32) []byte { return []byte{} }},
+	} {
+		m, err := muxDial(muxFake(t, newMuxFrame(muxHello).u32(muxVersion).bytes(), func(typ, id uint32) []byte {
+			if typ != muxOpenFwd || id != 1 {
+				t.Errorf("%s: request %d of type 0x%08x", tt.name, id, typ)
+			}
+			return tt.answer(typ, id)
+		}), patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wait := patience
+		if strings.Contains(tt.error, "timeout") {
+			wait = muxSoon
+		}
+		err = m.forward(here, there, wait)
+		if (err == nil) != (tt.error == "") || err != nil && (!strings.Contains(err.Error(), tt.error) || !strings.Contains(err.Error(), here)) {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if errors.As(err, new(*muxError)) != tt.refused {
+			t.Errorf("%s: %#v", tt.name, err)
+		}
+		m.Close()
+	}
+}
+
+// A real master forwards to a socket and carries what connects there, half-closes included.
+func TestMuxForwardAgainstSSH(t *testing.T) {
+	t.Parallel()
+	master := startTestMaster(t, startSSHD(t))
+	l, there := listenFake(t)
+	serveEach(t, l, func(c net.Conn) { io.Copy(c, c) })
+	here := master.path + ".engine"
+	m, err := muxDial(master.path, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if err := m.forward(here, there, patience); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Lstat(here); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the socket: %v, %v", info, err)
+	}
+	c, err := dialMaster(context.Background(), here)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(patience))
+	io.WriteString(c, "hello")
+	c.CloseWrite()
+	if b, err := io.ReadAll(c); string(b) != "hello" || err != nil {
+		t.Errorf("got %q, %v", b, err)
+	}
+	if err := m.forward(there, here, patience); !errors.As(err, new(*muxError)) {
+		t.Errorf("where there is a socket: %v", err)
 	}
 }
 

@@ -37,9 +37,10 @@ type proxy struct {
 	settle func(ctx context.Context) // returns once the ports show what runs now
 }
 
-// serve serves l until ctx ends, and returns once everything it started has ended.
+// serve serves l until ctx ends, and returns once all connections of tools are closed.
 func (p *proxy) serve(ctx context.Context, l *net.UnixListener) {
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return p.gate.dialEngine(ctx) },
+	// The transport lets a dial outlive its request, so only ctx ends one.
+	transport := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return p.gate.dialEngine(ctx) },
 		DisableCompression: true, MaxIdleConns: maxIdle, MaxIdleConnsPerHost: maxIdle, IdleConnTimeout: idleEngine}
 	defer transport.CloseIdleConnections()
 	silent := log.New(io.Discard, "", 0) // clients that end early are nothing to report
@@ -81,7 +82,7 @@ func (p *proxy) hold(resp *http.Response) error {
 // fail answers a request that could not be passed on. Docker's tools print the message.
 func (p *proxy) fail(w http.ResponseWriter, req *http.Request, err error) {
 	if req.Context().Err() != nil {
-		return // the client has left
+		panic(http.ErrAbortHandler) // the client has left, or the instance ends; to return would answer 200
 	}
 	status, text := http.StatusBadGateway, "the remote engine cannot be reached: "+err.Error()
 	snap, _ := p.board.look()

@@ -651,6 +651,94 @@ func TestVerifyWaits(t *testing.T) {
 	}
 }
 
+// A client that waits for the ports to follow gets its answer when a list asked for later has come and they do, or when
+// none will. It causes no probes.
+func TestSettle(t *testing.T) {
+	port, other := unusedPort(t), unusedPort(t)
+	web, late := ctr(idA, "web", onPort(port)), ctr(idB, "late", onPort(other))
+	local := netip.AddrPortFrom(loopback4, other)
+	settled := func(h *hand, what string, answer chan reply, want bool) {
+		t.Helper()
+		if a := h.answered(what, answer); a.err != nil || a.result.(map[string]bool)["settled"] != want {
+			t.Errorf("%s: answered %v, %v, want %v", what, a.result, a.err, want)
+		}
+	}
+	for _, c := range []struct {
+		name string
+		do   func(h *hand, answer chan reply)
+	}{
+		{"when its ports are open", func(h *hand, answer chan reply) {
+			asked := h.now
+			h.wait(10 * time.Millisecond)
+			h.unanswered("before the list", answer)
+			h.listAskedAt(asked.Add(-time.Millisecond), web)
+			h.unanswered("after a list that was asked for before", answer)
+			h.listAskedAt(asked, web, late)
+			if !accepts(local) {
+				t.Error("the port is not open yet")
+			}
+			settled(h, "after the list", answer, true)
+			if f := h.forward(port); f.probe != 0 {
+				t.Error("a port that was there before is probed")
+			}
+		}},
+		{"when its ports are closed", func(h *hand, answer chan reply) {
+			h.list(web, late)
+			settled(h, "after the first list", answer, true)
+			h.wait(time.Second)
+			answer = h.ask("settle")
+			h.list(web)
+			if accepts(local) {
+				t.Error("the port is still open")
+			}
+			settled(h, "after the second", answer, true)
+		}},
+		{"when a port is known to be in conflict", func(h *hand, answer chan reply) {
+			l, err := net.Listen("tcp4", local.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			h.list(web, late)
+			settled(h, "after the list", answer, true)
+			if f := h.snapshot().Forwards; len(f) != 2 || f[0].Status != conflict && f[1].Status != conflict {
+				t.Errorf("no conflict is known: %+v", f)
+			}
+		}},
+		{"at once while paused", func(h *hand, answer chan reply) {
+			h.unanswered("before the pause", answer)
+			h.ask("pause")
+			settled(h, "when paused", answer, true)
+			settled(h, "asked while paused", h.ask("settle"), true)
+		}},
+		{"at once without a connection", func(h *hand, answer chan reply) {
+			h.unanswered("before the end", answer)
+			h.down(h.now, h.link, errors.New("gone"))
+			h.retryAt = h.now.Add(time.Hour)
+			settled(h, "when lost", answer, false)
+			settled(h, "asked while lost", h.ask("settle"), false)
+		}},
+		{"at its deadline", func(h *hand, answer chan reply) {
+			h.now = h.now.Add(lookTimeout - time.Millisecond)
+			h.unanswered("too soon", answer)
+			h.now = h.now.Add(time.Millisecond)
+			settled(h, "in the end", answer, false)
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := connectedHand(t, web)
+			h.probed(port, probeAnswered)
+			h.wait(10 * time.Second)
+			h.listAsked()
+			answer := h.ask("settle")
+			if !h.listAsked() {
+				t.Error("no list was asked for")
+			}
+			c.do(h, answer)
+		})
+	}
+}
+
 // Who is not connected answers at once, with what it knows.
 func TestWaitersNotConnected(t *testing.T) {
 	for _, connects := range []bool{false, true} {

@@ -749,6 +749,24 @@ func TestExitStatus(t *testing.T) {
 		{"status --format yaml", 2, "", `rdhpf: there is no -format any more: use -json, or nothing for the table\n`},
 		{"run --trace -host a", 2, "", `rdhpf: there is no -trace any more: use -log-level debug\n`},
 		{"completion bash", 2, "", `rdhpf: there is no completion any more\n`},
+		{"run -host a --", 2, "", `rdhpf: -- is followed by no command\n`},
+		{"run -host a extra -- true", 2, "", `rdhpf: unexpected argument "extra": see rdhpf run -h \(a command to run follows --\)\n`},
+		{"run -host a -wait 5s", 2, "", `rdhpf: -wait needs a command to run: rdhpf run -wait 30s -- COMMAND\n`},
+		{"run -host a -wait -5s -- true", 2, "", `rdhpf: -wait wants a positive time, like 30s\n`},
+		{"run -host a -wait soon -- true", 2, "", `rdhpf: [^\n]*soon[^\n]*\n`},
+		{"run -nonsense -- true", 2, "", `rdhpf: [^\n]*-nonsense[^\n]*: see rdhpf run -h\n`},
+		{"run -- true", 1, "", `rdhpf: no host: use -host ssh://user@host, [^\n]*\n`},
+		{"run -host a -- /nonexistent/command", 127, "", `rdhpf: [^\n]*/nonexistent/command[^\n]*\n`},
+		{"run -host a -- nosuchcommand-", 127, "", `rdhpf: [^\n]*nosuchcommand-[^\n]*\n`},
+		{"run -host a -- /etc/passwd", 126, "", `rdhpf: [^\n]*/etc/passwd[^\n]*permission denied\n`},
+		{"run -host a -- /etc", 126, "", `rdhpf: [^\n]*/etc[^\n]*is a directory\n`},
+		{"env -h", 0, `Usage of rdhpf env:\n.*-unset.*`, ""},
+		{"env -shell csh", 2, "", `rdhpf: -shell "csh": want sh, bash, zsh or fish\n`},
+		{"env -unset -json", 2, "", `rdhpf: -unset and -json exclude each other\n`},
+		{"env now", 2, "", `rdhpf: unexpected argument "now": see rdhpf env -h\n`},
+		{"env -host tcp://box:2375", 2, "", `rdhpf: -host is tcp://box:2375: rdhpf needs ssh://[^\n]*\n`},
+		{"env -host nobody@box.invalid", 3, "", `No running instance found for ssh://nobody@box\.invalid\. [^\n]*\n`},
+		{"env", 1, "", `rdhpf: the instance for ssh://me@box\.invalid does not serve the engine: it was started with -no-docker-socket\n`},
 		{"run", 1, "", `rdhpf: no host: use -host ssh://user@host, [^\n]*\n`},
 		{"status", 0, `.*active.*`, ""},
 		{"status -json", 0, `\{.*\}\n`, ""},
@@ -883,6 +901,7 @@ func TestTable(t *testing.T) {
 	}{
 		{"narrow", plain, tableStyle{}},
 		{"wide", plain, tableStyle{wide: true}},
+		{"wide-docker", with(func(r *report) { r.DockerSocket = "/home/me/.rdhpf/WHhNu7djKMsZ.docker.sock" }), tableStyle{wide: true}},
 		{"colour", plain, tableStyle{colour: true}},
 		{"wide-colour", plain, tableStyle{wide: true, colour: true}},
 		{"addresses", addresses, tableStyle{}},
@@ -937,6 +956,16 @@ func TestTable(t *testing.T) {
 				}
 			}
 		})
+	}
+	// Nobody serves the socket of an instance that has ended, and a narrow table leaves it out.
+	for name, c := range map[string]struct {
+		running bool
+		style   tableStyle
+	}{"ended": {false, tableStyle{wide: true}}, "narrow": {true, tableStyle{}}} {
+		r := with(func(r *report) { r.DockerSocket, r.Running = "/x.docker.sock", c.running })
+		if got := table(r, tableNow, c.style); strings.Contains(got, "docker.sock") {
+			t.Errorf("%s: %s", name, got)
+		}
 	}
 	var b bytes.Buffer
 	b.WriteString(table(hostile, tableNow, tableStyle{wide: true}))
