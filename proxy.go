@@ -229,6 +229,7 @@ func (l *link) routeEngine(ctx context.Context, m *master, listed <-chan struct{
 	case <-listed:
 	}
 	at, remote := l.r.paths.engine, m.remote
+	defer func() { removeSocket(l.r.paths.engine) }() // ssh does not always
 	if remote == "" {
 		remote = askEngineSocket(m.control)
 	}
