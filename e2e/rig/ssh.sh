@@ -39,6 +39,7 @@ ssh_files() {
 	END
 	chmod 755 "$DIR/bin/ssh" "$DIR/remote"
 
+	# With SHLVL=1 bash does not read this machine's .bashrc, which can take long or hang.
 	cat >"$DIR/sshd_config" <<-END
 	$(printf 'Port %s\n' 22 $P_NOFORWARD $P_PERMITOPEN $P_ONESESSION $P_NOISY $P_NODOCKER $P_DENIED $P_WRONGCTX \
 		$P_NOSOCKETS $P_FEWSESSIONS)
@@ -56,7 +57,7 @@ ssh_files() {
 	UseDNS no
 	MaxStartups 100
 	LogLevel VERBOSE
-	SetEnv DOCKER_HOST=unix://$DIR/docker.sock
+	SetEnv SHLVL=1 DOCKER_HOST=unix://$DIR/docker.sock
 	Match LocalPort $P_NOFORWARD
 		AllowTcpForwarding no
 	Match LocalPort $P_PERMITOPEN
@@ -70,7 +71,7 @@ ssh_files() {
 	Match LocalPort $P_DENIED
 		ForceCommand $DIR/remote denied
 	Match LocalPort $P_WRONGCTX
-		SetEnv DOCKER_HOST=unix://$DIR/missing.sock
+		SetEnv SHLVL=1 DOCKER_HOST=unix://$DIR/missing.sock
 	Match LocalPort $P_NOSOCKETS
 		AllowStreamLocalForwarding no
 	Match LocalPort $P_FEWSESSIONS
