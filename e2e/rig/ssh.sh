@@ -3,7 +3,8 @@
 # remote host that behaves badly, or options of the client that do.
 
 P_NOFORWARD=2201 P_PERMITOPEN=2202 P_ONESESSION=2203 P_NOISY=2204 P_NODOCKER=2205
-P_DENIED=2206 P_WRONGCTX=2207 P_SILENT=2208 P_REFUSED=2209
+P_DENIED=2206 P_WRONGCTX=2207 P_SILENT=2208 P_REFUSED=2209 P_NOSOCKETS=2210
+P_FEWSESSIONS=2211
 
 # ssh_files writes keys, configurations and the wrapper; sets SSHD.
 ssh_files() {
@@ -40,7 +41,8 @@ ssh_files() {
 
 	# With SHLVL=1 bash does not read this machine's .bashrc, which can take long or hang.
 	cat >"$DIR/sshd_config" <<-END
-	$(printf 'Port %s\n' 22 $P_NOFORWARD $P_PERMITOPEN $P_ONESESSION $P_NOISY $P_NODOCKER $P_DENIED $P_WRONGCTX)
+	$(printf 'Port %s\n' 22 $P_NOFORWARD $P_PERMITOPEN $P_ONESESSION $P_NOISY $P_NODOCKER $P_DENIED $P_WRONGCTX \
+		$P_NOSOCKETS $P_FEWSESSIONS)
 	ListenAddress $ADDR
 	HostKey $DIR/host_key
 	AuthorizedKeysFile $DIR/authorized_keys
@@ -70,6 +72,11 @@ ssh_files() {
 		ForceCommand $DIR/remote denied
 	Match LocalPort $P_WRONGCTX
 		SetEnv SHLVL=1 DOCKER_HOST=unix://$DIR/missing.sock
+	Match LocalPort $P_NOSOCKETS
+		AllowStreamLocalForwarding no
+	Match LocalPort $P_FEWSESSIONS
+		AllowStreamLocalForwarding no
+		MaxSessions 4
 	END
 
 	cat >"$DIR/ssh_config" <<-END
@@ -87,6 +94,10 @@ ssh_files() {
 		Port $P_DENIED
 	Host $NS-wrongctx
 		Port $P_WRONGCTX
+	Host $NS-nosockets
+		Port $P_NOSOCKETS
+	Host $NS-fewsessions
+		Port $P_FEWSESSIONS
 	Host $NS-silent
 		Port $P_SILENT
 	Host $NS-refused

@@ -2,6 +2,7 @@
 //
 //	server [-listen 80,81,100-199] [-after 10s] [-mode http|echo|once|close|discard|none] [-name NAME]
 //	server delay HOST PORT DURATION
+//	server cat [STATUS]
 //
 // The first form listens: http answers GET / with a greeting, GET /bytes?n=N
 // with N zero bytes and POST /sink with the number of bytes it was sent; echo
@@ -12,6 +13,8 @@
 // SIGUSR2 begins it again.
 // The second form is an ssh ProxyCommand that holds every byte back by
 // DURATION in each direction, without limiting how many are under way.
+// The third copies its input to its output, says when that has ended, and exits
+// with STATUS.
 package main
 
 import (
@@ -41,9 +44,15 @@ func main() {
 	}()
 
 	var err error
-	if len(os.Args) > 1 && os.Args[1] == "delay" {
+	switch {
+	case len(os.Args) > 1 && os.Args[1] == "delay":
 		err = delayMain(os.Args[2:])
-	} else {
+	case len(os.Args) > 1 && os.Args[1] == "cat":
+		var status int
+		if status, err = cat(os.Args[2:], os.Stdin, os.Stdout, os.Stderr); err == nil {
+			os.Exit(status)
+		}
+	default:
 		err = serverMain(os.Args[1:])
 	}
 	if err != nil {
@@ -283,6 +292,23 @@ type zeros struct{}
 func (zeros) Read(p []byte) (int, error) {
 	clear(p)
 	return len(p), nil
+}
+
+// cat copies in to out, says when in has ended, and returns the exit status.
+func cat(args []string, in io.Reader, out, errs io.Writer) (status int, err error) {
+	switch {
+	case len(args) > 1:
+		return 0, errors.New("usage: server cat [STATUS]")
+	case len(args) == 1:
+		if status, err = strconv.Atoi(args[0]); err != nil {
+			return 0, fmt.Errorf("%q is no status", args[0])
+		}
+	}
+	if _, err := io.Copy(out, in); err != nil {
+		return 0, err
+	}
+	_, err = fmt.Fprintln(errs, "end of input")
+	return status, err
 }
 
 func delayMain(args []string) error {

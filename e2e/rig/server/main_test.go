@@ -190,6 +190,19 @@ func TestHTTP(t *testing.T) {
 	}
 }
 
+func TestCat(t *testing.T) {
+	var out, errs bytes.Buffer
+	status, err := cat([]string{"7"}, strings.NewReader("both\x00ways"), &out, &errs)
+	if status != 7 || err != nil || out.String() != "both\x00ways" || errs.String() != "end of input\n" {
+		t.Errorf("status %d, %v, %q and %q", status, err, out.String(), errs.String())
+	}
+	for _, args := range [][]string{{"x"}, {"1", "2"}} {
+		if _, err := cat(args, strings.NewReader(""), io.Discard, io.Discard); err == nil {
+			t.Errorf("cat %q: want an error", args)
+		}
+	}
+}
+
 // writeTimes records when each write came.
 type writeTimes struct {
 	buf   bytes.Buffer
