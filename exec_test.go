@@ -209,7 +209,7 @@ func TestRunAroundFails(t *testing.T) {
 	needTool(t, "ssh")
 	port := muxFreePort(t)
 	cmd := program(stateFolder(t), "run", "-host", fmt.Sprintf("127.0.0.1:%d", port), "--", "echo", "ran")
-	runProgram(t, cmd).is(t, 1, "", `rdhpf: ssh: [^\n]*Connection refused[^\n]*\n`)
+	runProgram(t, cmd).is(t, 1, "", `rdhpf: cannot connect to [^\n]*: ssh: [^\n]*Connection refused[^\n]*\n`)
 }
 
 // Signals reach the command; what it makes of them is its own matter.
