@@ -43,6 +43,8 @@ type engine struct {
 	mark   string
 	noise  string // printed by the remote host before the marker, unfiltered
 	server string // such as "Docker/20.10.24 (linux)"; set by the first response
+
+	hostNet map[string]bool // what podman said of the listed containers that have no network
 }
 
 // errMaster marks an error of the ssh master rather than the engine.
@@ -200,30 +202,116 @@ func (e *engine) get(path string, query url.Values, timeout time.Duration) (*htt
 		e.server = printable(server, maxText)
 	}
 	if resp.StatusCode != http.StatusOK {
-		body, _ := io.ReadAll(io.LimitReader(resp.Body, 1000))
-		return nil, fmt.Errorf("%s: %s: %s", doing, printable(resp.Status, maxText), printable(strings.TrimSpace(string(body)), 1000))
+		body, torn := io.ReadAll(resp.Body) // its size is limited as that of the header
+		err = fmt.Errorf("%s: %s: %s", doing, printable(resp.Status, maxText), printable(strings.TrimSpace(string(body)), 1000))
+		if torn == nil {
+			err = rejection{err}
+		}
+		return nil, err
 	}
 	return resp, nil
 }
 
+// rejection is an answer of the engine that is no success. The connection can be used for
+// the next request.
+type rejection struct{ error }
+
 // list returns the running containers.
 func (e *engine) list() ([]container, error) {
-	resp, err := e.get("/containers/json", nil, listTimeout)
+	var query url.Values
+	podman := e.isPodman()
+	if podman { // it leaves out paused containers
+		query = url.Values{"filters": {`{"status":["running","paused"]}`}}
+	}
+	list, err := e.listAt("/containers/json", query)
+	switch {
+	case err != nil || !e.isPodman():
+		return list, err
+	case !podman: // nobody knew
+		return e.list()
+	}
+	if err := e.completeList(list, query); err != nil {
+		return nil, err
+	}
+	return list, nil
+}
+
+func (e *engine) isPodman() bool { return strings.HasPrefix(e.server, "Libpod/") }
+
+// completeList adds what podman's version of Docker's list lacks: all but the first port of
+// a range, which podman's own list has, and whose network a container without one uses.
+func (e *engine) completeList(list []container, query url.Values) error {
+	own, err := e.listAt("/v4.0.0/libpod/containers/json", query)
+	if err != nil && !errors.As(err, new(rejection)) {
+		return err
+	}
+	ports := make(map[string][]port)
+	for _, c := range own {
+		ports[c.id] = c.ports
+	}
+	asked, known := 0, make(map[string]bool)
+	for i := range list {
+		c := &list[i]
+		if own := ports[c.id]; own != nil { // before version 4 it is another list, and has no ranges
+			c.ports = own
+		}
+		if c.nets != nil || c.ports != nil {
+			continue
+		}
+		on, found := e.hostNet[c.id]
+		if !found && asked < maxInspect {
+			asked, found = asked+1, true
+			if on, err = e.onHostNet(c.id); err != nil && !errors.As(err, new(rejection)) {
+				return err
+			}
+		}
+		if c.hostNet = on; found {
+			known[c.id] = on
+		}
+	}
+	e.hostNet = known
+	return nil
+}
+
+// listAt returns the containers of one of the engine's lists.
+func (e *engine) listAt(path string, query url.Values) ([]container, error) {
+	var list []container
+	err := e.read(path, query, "the list of containers", maxList, func(r io.Reader) (err error) {
+		list, err = decodeList(r)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
-	e.limit.N = maxList
-	list, err := decodeList(unhurried{resp.Body, e.s})
-	if err == nil {
+	return list, nil
+}
+
+// onHostNet asks whether a container is on the remote host's network.
+func (e *engine) onHostNet(id string) (bool, error) {
+	var raw struct{ HostConfig struct{ NetworkMode string } }
+	err := e.read("/containers/"+id+"/json", nil, "a container", maxOne, func(r io.Reader) error {
+		return unexpectedEOF(json.NewDecoder(r).Decode(&raw))
+	})
+	return raw.HostConfig.NetworkMode == "host", err
+}
+
+// read decodes the answer to a request.
+func (e *engine) read(path string, query url.Values, what string, limit int64, decode func(io.Reader) error) error {
+	resp, err := e.get(path, query, listTimeout)
+	if err != nil {
+		return err
+	}
+	e.limit.N = limit
+	if err = decode(unhurried{resp.Body, e.s}); err == nil {
 		err = resp.Body.Close() // drains it, leaving the connection at the next response
 	}
 	if err != nil && e.limit.N <= 0 {
-		err = fmt.Errorf("it is longer than %d bytes", maxList)
+		err = fmt.Errorf("it is longer than %d bytes", limit)
 	}
 	if err != nil {
-		return nil, e.fail("reading the list of containers", err)
+		return e.fail("reading "+what, err)
 	}
-	return list, nil
+	return nil
 }
 
 // unhurried renews the deadline with each read: a long list over a slow link takes as long
@@ -276,6 +364,7 @@ const (
 	maxContainer = 20000   // containers in one list
 	maxPublished = 100_000 // published ports in one list
 	maxNets      = 64      // networks kept per container
+	maxInspect   = 20      // containers asked about after one list, which each delays by a round trip
 	maxOne       = 1 << 20 // bytes of one container, which take about ten times that in memory
 	maxText      = 200     // runes kept of a name
 )
@@ -285,7 +374,7 @@ const (
 func decodeEvent(line []byte) (event, bool) {
 	var raw struct {
 		Type, Action string
-		Status, ID   string // used by podman and engines before API 1.22
+		Status, ID   string // podman, and engines before API 1.22
 		Actor        struct {
 			ID         string
 			Attributes struct{ Container string } // of a network event
@@ -300,7 +389,7 @@ func decodeEvent(line []byte) (event, bool) {
 		if raw.Action != "connect" && raw.Action != "disconnect" {
 			return event{}, false
 		}
-		id, ok := shortID(raw.Actor.Attributes.Container)
+		id, ok := shortID(cmp.Or(raw.Actor.Attributes.Container, raw.ID))
 		return event{raw.Action, id}, ok
 	default:
 		return event{}, false
@@ -382,6 +471,13 @@ type rawContainer struct {
 		PrivatePort int64
 		PublicPort  int64
 		Type        string
+
+		// In podman's own list.
+		HostIP        string `json:"host_ip"`
+		ContainerPort int64  `json:"container_port"`
+		HostPort      int64  `json:"host_port"`
+		Range         int64  // of consecutive ports
+		Protocol      string
 	}
 }
 
@@ -393,7 +489,7 @@ func (raw *rawContainer) container() (container, bool) {
 		return container{}, false
 	}
 	c := container{id: id, name: id, image: printable(raw.Image, maxText),
-		service: printable(raw.Labels["com.docker.compose.service"], maxText),
+		service: printable(cmp.Or(raw.Labels["com.docker.compose.service"], raw.Labels["io.podman.compose.service"]), maxText),
 		paused:  raw.State == "paused", hostNet: raw.HostConfig.NetworkMode == "host",
 		noProbe: raw.Labels["rdhpf.probe"] == "false"}
 	for _, name := range slices.Sorted(maps.Keys(raw.NetworkSettings.Networks)) {
@@ -414,16 +510,18 @@ func (raw *rawContainer) container() (container, bool) {
 		}
 	}
 	for _, p := range raw.Ports {
-		if p.PublicPort <= 0 || p.PublicPort > 65535 || p.PrivatePort < 0 || p.PrivatePort > 65535 {
-			continue
-		}
-		q := port{private: uint16(p.PrivatePort), public: uint16(p.PublicPort), proto: printable(strings.ToLower(p.Type), 8)}
-		if ip, err := netip.ParseAddr(p.IP); err == nil && badChar(ip.Zone(), ".-_") == "" && len(ip.Zone()) <= 15 {
+		public, private, at := cmp.Or(p.PublicPort, p.HostPort), cmp.Or(p.PrivatePort, p.ContainerPort), cmp.Or(p.IP, p.HostIP)
+		q := port{proto: printable(strings.ToLower(cmp.Or(p.Type, p.Protocol)), 8)}
+		if ip, err := netip.ParseAddr(at); err == nil && badChar(ip.Zone(), ".-_") == "" && len(ip.Zone()) <= 15 {
 			q.ip = ip.Unmap()
-		} else if p.IP == "" { // podman's wildcard
+		} else if at == "" { // podman's wildcard
 			q.ip = netip.IPv4Unspecified()
 		}
-		c.ports = append(c.ports, q)
+		for n := max(p.Range, 1); n > 0 && 0 < public && public <= 65535 && 0 <= private && private <= 65535 && len(c.ports) <= maxPublished; n-- {
+			q.public, q.private = uint16(public), uint16(private)
+			c.ports = append(c.ports, q)
+			public, private = public+1, private+1
+		}
 	}
 	return c, true
 }

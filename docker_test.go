@@ -94,6 +94,14 @@ func TestDecodeList(t *testing.T) {
 			id + " web 0.0.0.0:1->1/tcp 0.0.0.0:65535->65535/tcp"},
 		{"a range", ports(`{"IP":"0.0.0.0","PrivatePort":7000,"PublicPort":7000,"Type":"tcp"},{"IP":"0.0.0.0","PrivatePort":7001,"PublicPort":7001,"Type":"tcp"}`),
 			id + " web 0.0.0.0:7000->7000/tcp 0.0.0.0:7001->7001/tcp"},
+		{"podman's own list", one(`,"Names":["web"],"Image":"localhost/web:latest","Labels":{"io.podman.compose.service":"svc"},"Namespaces":{},"Networks":["podman"],"Pid":28687,
+			"Command":["x"],"Created":"2026-11-25T17:11:13.291536864Z","State":"running","Status":"","Ports":[{"host_ip":"","container_port":80,"host_port":7000,"range":3,"protocol":"tcp"},
+			{"host_ip":"127.0.0.1","container_port":90,"host_port":7010,"range":1,"protocol":"udp"},{"host_ip":"::1","container_port":0,"host_port":7011,"range":0,"protocol":"tcp"}]`),
+			id + " web image=localhost/web:latest service=svc 0.0.0.0:7000->80/tcp 0.0.0.0:7001->81/tcp 0.0.0.0:7002->82/tcp 127.0.0.1:7010->90/udp ::1:7011->0/tcp"},
+		{"ranges beyond the last port", ports(`{"host_port":65534,"container_port":1,"range":4,"protocol":"tcp"},{"host_port":1,"container_port":65535,"range":9223372036854775807,"protocol":"tcp"},
+			{"host_port":0,"container_port":1,"range":4,"protocol":"tcp"},{"host_port":7,"container_port":-1,"range":4,"protocol":"tcp"},{"host_port":8,"container_port":1,"range":-4,"protocol":"tcp"}`),
+			id + " web 0.0.0.0:65534->1/tcp 0.0.0.0:65535->2/tcp 0.0.0.0:1->65535/tcp 0.0.0.0:8->1/tcp"},
+		{"services of both composes", one(`,"Names":["/web"],"Labels":{"com.docker.compose.service":"d","io.podman.compose.service":"p"}`), id + " web image= service=d"},
 		{"no addresses", ports(`{"IP":"junk","PrivatePort":80,"PublicPort":80,"Type":"tcp"},{"IP":"1.2.3","PrivatePort":80,"PublicPort":81,"Type":"tcp"}`),
 			id + " web none:80->80/tcp none:81->80/tcp"},
 		{"an address with a hostile zone", ports(`{"IP":"fe80::1%\u001b[31m","PrivatePort":80,"PublicPort":80,"Type":"tcp"}`), id + " web none:80->80/tcp"},
@@ -154,6 +162,7 @@ func TestDecodeListRefuses(t *testing.T) {
 		{"too many", "[" + strings.Repeat(`{"Id":"`+idLong+`"},`, maxContainer) + `{}]`, "more than"},
 		{"too many ports", `[{"Id":"` + idLong + `","Ports":[` + strings.Repeat(`{"PublicPort":1},`, maxOne/20) + `{}]},` +
 			`{"Id":"` + idLong + `","Ports":[` + strings.Repeat(`{"PublicPort":1},`, maxOne/20) + `{}]}]`, "published ports"},
+		{"too many ports in ranges", `[{"Id":"` + idLong + `","Ports":[` + strings.Repeat(`{"host_port":1,"range":65535},`, 10_000) + `{}]}]`, "published ports"},
 		{"one without an end", `[{"Id":"` + idLong + `"},{"Ports":[` + strings.Repeat(`{},`, maxOne), "a container in it is longer than 1048576 bytes"},
 		{"too deep", "[" + strings.Repeat("[", 20000), "max depth"},
 	} {
@@ -164,6 +173,15 @@ func TestDecodeListRefuses(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A list of all ports there are takes no longer than others.
+func TestDecodeListWidest(t *testing.T) {
+	list, err := decodeList(strings.NewReader(`[{"Id":"` + idLong + `","Ports":[{"host_port":1,"container_port":1,"range":65535,"protocol":"tcp"}]}]`))
+	if err != nil || len(list) != 1 || len(list[0].ports) != 65535 {
+		t.Fatalf("%d containers, %v", len(list), err)
+	}
+	checkList(t, list)
 }
 
 func TestDecodeListHuge(t *testing.T) {
@@ -258,6 +276,7 @@ func TestDecodeEvent(t *testing.T) {
 		{real("health_status: healthy"), "health_status"}, {real("health_status: unhealthy"), "health_status"},
 		{real("health_status"), "health_status"}, // podman
 		{ofNetwork("connect", idLong), "connect"}, {ofNetwork("disconnect", idLong), "disconnect"},
+		{`{"status":"connect","id":"` + idLong + `","Type":"network","Action":"connect","Actor":{"ID":"` + idLong + `","Attributes":{"containerExitCode":"0","image":"","name":"web","podId":""}}}`, "connect"}, // podman
 		{ofNetwork("create", idLong), ""}, {ofNetwork("destroy", idLong), ""}, {ofNetwork("start", idLong), ""}, {ofNetwork("", idLong), ""},
 		{ofNetwork("connect", "short"), ""}, {ofNetwork("connect", ""), ""}, {ofNetwork("connect", strings.ToUpper(idLong)), ""},
 		{`{"Type":"network","Action":"connect","Actor":{"ID":"` + idLong + `"}}`, ""},
@@ -317,6 +336,7 @@ func FuzzDecodeList(f *testing.F) {
 	f.Add([]byte(`[{"Id":"` + idLong + `","Names":["/\u001b"],"Ports":[{"IP":"fe80::1%\u001b","PublicPort":1,"Type":"tcp"}]}]`))
 	f.Add([]byte(`[{"Id":"` + idLong + `","Ports":[{"IP":"::%x","PublicPort":1,"Type":"tcp"},{"IP":"::ffff:0.0.0.0","PublicPort":1,"Type":"tcp"}]}]`))
 	f.Add([]byte(`[{"Id":"` + idLong + `","Labels":{"rdhpf.probe":"false"},"NetworkSettings":{"Networks":{"a":{"EndpointID":"e","IPAddress":"10.0.0.1","Gateway":"fe80::1%x"},"b":null}}}]`))
+	f.Add([]byte(`[{"Id":"` + idLong + `","Names":["web"],"Labels":{"io.podman.compose.service":"s"},"Ports":[{"host_ip":"","container_port":80,"host_port":65534,"range":3,"protocol":"tcp"}]}]`))
 	f.Add([]byte(`[null,{`))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		list, err := decodeList(bytes.NewReader(in))
@@ -525,6 +545,102 @@ func scripted(t *testing.T, stderr string, pathsAndAnswers ...string) func(r *bu
 			io.WriteString(w, pathsAndAnswers[i+1])
 		}
 		return stderr
+	}
+}
+
+func TestEnginePodman(t *testing.T) {
+	const (
+		filters = "?filters=%7B%22status%22%3A%5B%22running%22%2C%22paused%22%5D%7D"
+		list    = "/containers/json"
+		own     = "/v4.0.0/libpod/containers/json" + filters
+		gone    = "404 Not Found"
+	)
+	answer := func(status, body string) string {
+		return fmt.Sprintf("HTTP/1.1 %s\r\nServer: Libpod/4.3.1 (linux)\r\nContent-Length: %d\r\n\r\n%s", status, len(body), body)
+	}
+	ok := func(body string) string { return answer("200 OK", body) }
+	id := func(n int) string { return fmt.Sprintf("%012x", n) }
+	one := func(n int, rest string) string {
+		return fmt.Sprintf(`{"Id":"%064s","Names":["/c%d"]%s}`, id(n)+strings.Repeat("0", 52), n, rest)
+	}
+	nets := `,"NetworkSettings":{"Networks":{"podman":{"EndpointID":"","Gateway":"10.88.0.1","IPAddress":"10.88.0.5"}}}`
+	ports := `,"Ports":[{"PrivatePort":80,"PublicPort":7000,"Type":"tcp"}]`
+	ranged := `,"Ports":[{"host_ip":"","container_port":80,"host_port":7000,"range":2,"protocol":"tcp"}]`
+	inspected := func(mode string) string {
+		return ok(`{"Name":"x","Image":"i","State":{},"HostConfig":{"NetworkMode":"` + mode + `"}}`)
+	}
+	first := []string{list, ok("[]")} // as nobody knows yet
+	const full = "00000000000%d c%[1]d net=,10.88.0.5,10.88.0.1 0.0.0.0:7000->80/tcp"
+	for _, tt := range []struct {
+		name  string
+		asked []string
+		want  []string // of each list
+	}{
+		{"a range", append(first, list+filters, ok("["+one(1, nets+ports)+"]"), own, ok("["+one(1, ranged)+"]")),
+			[]string{fmt.Sprintf(full, 1) + " 0.0.0.0:7001->81/tcp"}},
+		{"listed here or there", append(first, list+filters, ok("["+one(1, nets+ports)+"]"), own, ok("["+one(2, ranged)+"]")),
+			[]string{fmt.Sprintf(full, 1)}},
+		{"an own list of another form", append(first, list+filters, ok("["+one(1, nets+ports)+"]"), own, ok("["+one(1, `,"Ports":[{"hostPort":7000}]`)+"]")),
+			[]string{fmt.Sprintf(full, 1)}},
+		{"no own list", append(first, list+filters, ok("["+one(1, nets+ports)+"]"), own, answer(gone, strings.Repeat("x", 10_000))),
+			[]string{fmt.Sprintf(full, 1)}},
+		{"paused", append(first, list+filters, ok("["+one(1, `,"State":"paused"`+nets)+"]"), own, ok("["+one(1, `,"State":"paused"`)+"]")),
+			[]string{id(1) + " c1 paused net=,10.88.0.5,10.88.0.1"}},
+		{"networks, asked once", append(first,
+			list+filters, ok("["+one(1, "")+","+one(2, "")+","+one(3, "")+"]"), own, ok("[]"),
+			"/containers/"+id(1)+"/json", inspected("host"), "/containers/"+id(2)+"/json", inspected("none"), "/containers/"+id(3)+"/json", answer(gone, `{"cause":"no such container"}`),
+			list+filters, ok("["+one(1, "")+","+one(2, "")+"]"), own, ok("[]"),
+			list+filters, ok("["+one(2, "")+"]"), own, ok("[]"),
+			list+filters, ok("["+one(1, "")+"]"), own, ok("[]"), "/containers/"+id(1)+"/json", inspected("host")),
+			[]string{id(1) + " c1 host\n" + id(2) + " c2\n" + id(3) + " c3", id(1) + " c1 host\n" + id(2) + " c2", id(2) + " c2", id(1) + " c1 host"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e := engineWith(t, scripted(t, "", tt.asked...))
+			for _, want := range tt.want {
+				got, err := e.list()
+				if err != nil || listText(got) != want {
+					t.Errorf("\n got %q, %v\nwant %q", listText(got), err, want)
+				}
+				checkList(t, got)
+			}
+			if _, err := e.list(); err == nil || !strings.Contains(err.Error(), "exit status 1") { // it has asked all
+				t.Error(err)
+			}
+		})
+	}
+	t.Run("many networks to ask for", func(t *testing.T) {
+		const n = maxInspect + 5
+		var all []string
+		asked := slices.Clone(first)
+		for i := range n {
+			all = append(all, one(i, ""))
+		}
+		for i := range n {
+			if i%maxInspect == 0 {
+				asked = append(asked, list+filters, ok("["+strings.Join(all, ",")+"]"), own, ok("[]"))
+			}
+			asked = append(asked, "/containers/"+id(i)+"/json", inspected("host"))
+		}
+		e := engineWith(t, scripted(t, "", asked...))
+		for _, want := range []int{maxInspect, n} {
+			got, err := e.list()
+			if have := strings.Count(listText(got), " host"); err != nil || have != want {
+				t.Errorf("%d on the host's network, %v, want %d", have, err, want)
+			}
+		}
+	})
+	for name, asked := range map[string][]string{
+		"torn in its own list":     append(first, list+filters, ok("[]"), own, ok("[]")[:60]),
+		"torn in a refusal":        append(first, list+filters, ok("[]"), own, "HTTP/1.1 404 Not Found\r\nContent-Length: 10\r\n\r\n"),
+		"torn in a container":      append(first, list+filters, ok("["+one(1, "")+"]"), own, ok("[]"), "/containers/"+id(1)+"/json", inspected("host")[:90]),
+		"a container that is none": append(first, list+filters, ok("["+one(1, "")+"]"), own, ok("[]"), "/containers/"+id(1)+"/json", ok(`[]`)),
+		"an own list that is none": append(first, list+filters, ok("[]"), own, ok(`{}`)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got, err := engineWith(t, scripted(t, "", asked...)).list(); err == nil || got != nil {
+				t.Errorf("%d containers, %v", len(got), err)
+			}
+		})
 	}
 }
 
