@@ -90,7 +90,7 @@ func (p *proxy) fail(w http.ResponseWriter, req *http.Request, err error) {
 		status, text = http.StatusServiceUnavailable, "ssh connection lost, reconnecting: "+cmp.Or(c.LastError, err.Error())
 	case c.State != connected:
 		status, text = http.StatusServiceUnavailable, "not connected yet: "+cmp.Or(c.LastError, err.Error())
-	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
+	case masterGone(err): // the master is there, so it is the engine that has ended or does not run
 		text = "the remote engine closed the connection before it answered"
 	}
 	w.Header().Set("Content-Type", "application/json")
