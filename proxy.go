@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httputil"
+	"os"
 	"path"
 	"regexp"
 	"strings"
@@ -91,7 +92,7 @@ func (p *proxy) fail(w http.ResponseWriter, req *http.Request, err error) {
 		status, text = http.StatusServiceUnavailable, "ssh connection lost, reconnecting: "+cmp.Or(c.LastError, err.Error())
 	case c.State != connected:
 		status, text = http.StatusServiceUnavailable, "not connected yet: "+cmp.Or(c.LastError, err.Error())
-	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
+	case masterGone(err): // the master is there, so it is the engine that has ended or does not run
 		text = "the remote engine closed the connection before it answered"
 	}
 	w.Header().Set("Content-Type", "application/json")
@@ -241,13 +242,22 @@ func (l *link) routeEngine(ctx context.Context, m *master, listed <-chan struct{
 		l.r.log.Debug(fmt.Sprintf("requests to the engine take sessions, for its socket cannot be forwarded: %v", err))
 		at = ""
 	}
+	made, _ := os.Lstat(at)
 	m.engineAt = at
 	close(m.routed)
 	l.tell(func(time.Time) {
 		l.r.shown.RemoteDockerSocket, l.r.changed = cmp.Or(remote, defaultEngine), true
 	})
-	<-ctx.Done()
-	return ctx.Err()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(untilBeat()):
+		}
+		if at != "" && replaced(at, made) { // the master would take a second request for it as done
+			return fmt.Errorf("%s was removed or replaced", at)
+		}
+	}
 }
 
 // forwardEngine forwards the socket at to the engine's, and tries it: servers can forbid it,
