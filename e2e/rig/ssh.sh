@@ -54,7 +54,7 @@ ssh_files() {
 	UseDNS no
 	MaxStartups 100
 	LogLevel VERBOSE
-	SetEnv DOCKER_HOST=unix://$DIR/docker.sock
+	SetEnv SHLVL=1 DOCKER_HOST=unix://$DIR/docker.sock
 	Match LocalPort $P_NOFORWARD
 		AllowTcpForwarding no
 	Match LocalPort $P_PERMITOPEN
@@ -68,7 +68,7 @@ ssh_files() {
 	Match LocalPort $P_DENIED
 		ForceCommand $DIR/remote denied
 	Match LocalPort $P_WRONGCTX
-		SetEnv DOCKER_HOST=unix://$DIR/missing.sock
+		SetEnv SHLVL=1 DOCKER_HOST=unix://$DIR/missing.sock
 	END
 
 	cat >"$DIR/ssh_config" <<-END
