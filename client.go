@@ -165,23 +165,26 @@ func findTarget(hostFlag string) (target, error) {
 	return target{dir, &h}, nil
 }
 
-// findHost finds the host that a flag or else Docker's environment and configuration name. A DOCKER_HOST that is an
-// instance's socket for the engine means that instance's host.
+// findHost finds the host that a flag or else Docker's environment and configuration name. An instance's socket for the
+// engine, there or in a context, means that instance's host.
 func findHost(hostFlag, dir, home string) (host, error) {
-	if path, ok := strings.CutPrefix(os.Getenv("DOCKER_HOST"), "unix://"); ok && hostFlag == "" {
-		if base, ok := strings.CutSuffix(filepath.Clean(path), ".docker.sock"); ok && filepath.Dir(base) == filepath.Clean(dir) {
-			return hostServedAt(pathsAt(dir, base))
-		}
-	}
 	h, err := resolveHost(hostFlag, os.Getenv, home)
-	if err != nil && hostFlag != "" {
+	var other *errNotSSH
+	if hostFlag != "" && err != nil {
 		err = usageError{err}
+	} else if errors.As(err, &other) {
+		path, isUnix := strings.CutPrefix(other.value, "unix://")
+		base, isOurs := strings.CutSuffix(filepath.Clean(path), ".docker.sock")
+		if isUnix && isOurs && filepath.Dir(base) == filepath.Clean(dir) {
+			return hostServedAt(other.source, pathsAt(dir, base))
+		}
 	}
 	return h, err
 }
 
 // hostServedAt returns the host of the instance whose files are at p, which its state file or else the instance tells.
-func hostServedAt(p paths) (host, error) {
+// Source is what names its socket.
+func hostServedAt(source string, p paths) (host, error) {
 	snap, _, err := readState(p.state)
 	if err != nil {
 		snap = &snapshot{}
@@ -195,7 +198,7 @@ func hostServedAt(p paths) (host, error) {
 		err = fmt.Errorf("that of %s has another path", h)
 	}
 	if err != nil {
-		return host{}, fmt.Errorf("DOCKER_HOST is %s, the socket of no known instance: unset it or use -host (%w)", p.docker, err)
+		return host{}, fmt.Errorf("%s is %s, the socket of no known instance: use -host (%w)", source, p.docker, err)
 	}
 	return h, nil
 }

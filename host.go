@@ -34,6 +34,16 @@ var errNoHost = errors.New("no host: use -host ssh://user@host, or set DOCKER_HO
 // The value is never part of this error: it would put the password on the screen and into logs.
 var errPassword = errors.New("seems to hold a password, which ssh cannot use: use a key or an agent and write " + hostForm)
 
+// errNotSSH is about a value that names an engine, but in another way than with ssh://.
+type errNotSSH struct {
+	source string // what the value is
+	value  string
+}
+
+func (e *errNotSSH) Error() string {
+	return fmt.Sprintf("%s is %s: rdhpf needs %s", e.source, shown(e.value), hostForm)
+}
+
 // host is a remote Docker host. Only parseHost and resolveHost make one.
 type host struct {
 	user   string // "" = ssh's default
@@ -90,7 +100,7 @@ func parseHostOf(source, s string, needScheme bool) (host, error) {
 	isScheme := ok && scheme != "" && badChar(scheme, "+.-") == ""
 	if ok = ok && strings.EqualFold(scheme, "ssh"); !ok {
 		if isScheme || needScheme {
-			return host{}, fmt.Errorf("%s is %s: rdhpf needs %s", source, shown(s), hostForm)
+			return host{}, &errNotSSH{source, s}
 		}
 		rest = s
 	}

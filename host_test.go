@@ -385,6 +385,32 @@ func FuzzParseHost(f *testing.F) {
 	})
 }
 
+// TestContextOfInstance wants a context that docker was given an instance's socket in to mean that instance's host.
+func TestContextOfInstance(t *testing.T) {
+	const served = "ssh://me@box.invalid"
+	dir, home := stateFolder(t), t.TempDir()
+	p := pathsFor(dir, served)
+	snap := socketSnap("x")
+	snap.Host, snap.UpdatedAt = served, epoch
+	if err := writeState(p.state, snap); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("DOCKER_HOST", "")
+	t.Setenv("DOCKER_CONFIG", "")
+	t.Setenv("DOCKER_CONTEXT", "near")
+	for _, c := range []struct{ socket, want, err string }{
+		{p.docker, served, ""},
+		{dir + "/nobody.docker.sock", "", `context "near"`},
+		{"/run/docker.sock", "", `context "near"`},
+	} {
+		writeHostFile(t, dockerMetaFile(filepath.Join(home, ".docker"), "near"), fmt.Sprintf(`{"Endpoints":{"docker":{"Host":"unix://%s"}}}`, c.socket))
+		h, err := findHost("", dir, home)
+		if err == nil && h.String() != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
+			t.Errorf("%s: %v, %v, want %q, %q", c.socket, h, err, c.want, c.err)
+		}
+	}
+}
+
 func writeHostFile(t *testing.T, file, text string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {

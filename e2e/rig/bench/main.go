@@ -48,6 +48,8 @@ var figures = []struct {
 	{"reconnect", (*bench).reconnect},
 	{"throughput", (*bench).throughput},
 	{"connections", (*bench).connections},
+	{"docker", (*bench).dockerCommands},
+	{"cp", (*bench).dockerCopies},
 	{"ports100", (*bench).hundredPorts},
 	{"ports1000", (*bench).thousandPorts},
 }

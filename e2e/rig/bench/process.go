@@ -126,11 +126,16 @@ func (p *plain) stop() {
 	p.b.finish(p.cmd, syscall.SIGTERM)
 }
 
-// tell runs another command of rdhpf.
-func (f *forwarder) tell(args ...string) error {
+// command prepares another command of rdhpf.
+func (f *forwarder) command(args ...string) *exec.Cmd {
 	cmd := exec.Command(f.cmd.Path, args...)
 	cmd.Env = f.cmd.Env
-	if out, err := cmd.CombinedOutput(); err != nil {
+	return cmd
+}
+
+// tell runs another command of rdhpf.
+func (f *forwarder) tell(args ...string) error {
+	if out, err := f.command(args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("%v: %w: %.2000s", args, err, out)
 	}
 	return nil
