@@ -260,6 +260,7 @@ func (l *link) routeEngine(ctx context.Context, m *master, listed <-chan struct{
 	case <-listed:
 	}
 	at, remote := l.r.paths.engine, m.remote
+	defer removeSocket(at) // ssh leaves it behind
 	if remote == "" {
 		remote = askEngineSocket(m.control)
 	}
