@@ -140,6 +140,7 @@ func runAround(o runOptions, argv []string, wait time.Duration) error {
 	} else if err != nil {
 		return &commandEnd{exitNotFound, err}
 	}
+	files := fileLimit() // before the instance raises it for itself
 	signals := make(chan os.Signal, 16)
 	signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) // of a closed stderr
 	for _, sig := range []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT, unix.SIGUSR1, unix.SIGUSR2} {
@@ -201,7 +202,7 @@ func runAround(o runOptions, argv []string, wait time.Duration) error {
 	if running.Store(true); ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	return execute(cmd, signals)
+	return execute(cmd, files, signals)
 }
 
 // keepInstance runs an instance until ctx ends. While there is another, it is left alone;
@@ -273,10 +274,14 @@ func readyFor(ctx context.Context, o runOptions, wait time.Duration) (*snapshot,
 	return r.snapshot, nil
 }
 
-// execute runs a command and passes signals on to it. Those that a terminal sends reach it
+// execute runs a command, with its own limit on open files, and passes signals on to it. Those that a terminal sends reach it
 // without us.
-func execute(cmd *exec.Cmd, signals <-chan os.Signal) error {
-	if err := cmd.Start(); err != nil {
+func execute(cmd *exec.Cmd, files unix.Rlimit, signals <-chan os.Signal) error {
+	raised := fileLimit()
+	unix.Setrlimit(unix.RLIMIT_NOFILE, &files)
+	err := cmd.Start()
+	unix.Setrlimit(unix.RLIMIT_NOFILE, &raised)
+	if err != nil {
 		return &commandEnd{exitNotExecutable, err}
 	}
 	ended := make(chan error, 1)
@@ -306,6 +311,11 @@ func execute(cmd *exec.Cmd, signals <-chan os.Signal) error {
 			return &commandEnd{status: status.ExitStatus()}
 		}
 	}
+}
+
+func fileLimit() (limit unix.Rlimit) {
+	unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
+	return limit
 }
 
 // inForeground reports whether the terminal sends its signals to our process group.

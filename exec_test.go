@@ -266,20 +266,20 @@ func TestExecute(t *testing.T) {
 		script string
 		status int // 0: no error
 	}{{"exit 0", 0}, {"exit 1", 1}, {"exit 126", 126}, {"kill -INT $$", 130}, {"kill -KILL $$", 137}} {
-		err := execute(exec.Command("sh", "-c", c.script), nil)
+		err := execute(exec.Command("sh", "-c", c.script), fileLimit(), nil)
 		var ended *commandEnd
 		if errors.As(err, &ended) != (c.status != 0) || ended != nil && (ended.status != c.status || ended.error != nil) {
 			t.Errorf("%s: %v, want %d", c.script, err, c.status)
 		}
 	}
 	var ended *commandEnd
-	if err := execute(exec.Command("/nonexistent"), nil); !errors.As(err, &ended) || ended.status != exitNotExecutable || !errors.Is(ended.error, os.ErrNotExist) {
+	if err := execute(exec.Command("/nonexistent"), fileLimit(), nil); !errors.As(err, &ended) || ended.status != exitNotExecutable || !errors.Is(ended.error, os.ErrNotExist) {
 		t.Errorf("nothing to run: %v", err)
 	}
 	// A signal that came before the start is passed on after it.
 	signals := make(chan os.Signal, 1)
 	signals <- unix.SIGTERM
-	if err := execute(exec.Command("sleep", "60"), signals); !errors.As(err, &ended) || ended.status != 128+15 {
+	if err := execute(exec.Command("sleep", "60"), fileLimit(), signals); !errors.As(err, &ended) || ended.status != 128+15 {
 		t.Errorf("an early signal: %v", err)
 	}
 }

@@ -88,7 +88,6 @@ func (l *link) run() error {
 	}
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	defer removeSocket(l.r.paths.engine)
 	defer m.stop() // runs first: a master that does not answer blocks the others
 	l.tell(func(time.Time) {
 		l.master = m

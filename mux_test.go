@@ -342,23 +342,9 @@ func streamFake(t *testing.T, l net.Listener, say func(c *net.UnixConn, b []byte
 		}
 		var ends [2]*os.File
 		for i := range ends {
-			oob := make([]byte, 64)
-			_, n, _, _, err := c.ReadMsgUnix(make([]byte, 1), oob)
-			if err != nil {
+			if ends[i] = receiveEnd(t, c); ends[i] == nil {
 				return
 			}
-			messages, err := unix.ParseSocketControlMessage(oob[:n])
-			if err != nil || len(messages) != 1 {
-				t.Errorf("%d messages with a descriptor, %v", len(messages), err)
-				return
-			}
-			fds, err := unix.ParseUnixRights(&messages[0])
-			if err != nil || len(fds) != 1 {
-				t.Errorf("descriptors %v, %v", fds, err)
-				return
-			}
-			unix.SetNonblock(fds[0], true)
-			ends[i] = os.NewFile(uintptr(fds[0]), "end")
 			defer ends[i].Close()
 		}
 		host := binary.BigEndian.Uint32(body[12:])
@@ -368,6 +354,27 @@ func streamFake(t *testing.T, l net.Listener, say func(c *net.UnixConn, b []byte
 		}
 		serve(c, to, ends[0], ends[1])
 	})
+}
+
+// receiveEnd returns the descriptor that comes next, or nil.
+func receiveEnd(t *testing.T, c *net.UnixConn) *os.File {
+	oob := make([]byte, 64)
+	_, n, _, _, err := c.ReadMsgUnix(make([]byte, 1), oob)
+	if err != nil {
+		return nil
+	}
+	messages, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(messages) != 1 {
+		t.Errorf("%d messages with a descriptor, %v", len(messages), err)
+		return nil
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		t.Errorf("descriptors %v, %v", fds, err)
+		return nil
+	}
+	unix.SetNonblock(fds[0], true)
+	return os.NewFile(uintptr(fds[0]), "end")
 }
 
 func listenFake(t *testing.T) (l net.Listener, path string) {

@@ -27,7 +27,8 @@ import (
 const (
 	settleTimeout = 2 * time.Second // the longest an answer is held until the ports have followed it
 	idleEngine    = 90 * time.Second
-	maxIdle       = 8 // connections to the engine that are kept for the next request
+	sessionLag    = 100 * time.Millisecond // for a server to let go of a session that has ended
+	maxIdle       = 8                      // connections to the engine that are kept for the next request
 	defaultEngine = "/var/run/docker.sock"
 )
 
@@ -171,7 +172,7 @@ func (m *master) dialEngine(ctx context.Context) (net.Conn, error) {
 type sessionConn struct {
 	*muxSession
 	r     io.Reader // its output, after the marker
-	ended func()
+	close func()
 }
 
 func (c *sessionConn) Read(b []byte) (int, error) { return c.r.Read(b) }
@@ -183,26 +184,41 @@ func (c *sessionConn) SetDeadline(t time.Time) error {
 }
 
 func (c *sessionConn) Close() error {
-	defer c.ended()
-	return c.muxSession.Close()
+	c.close()
+	return nil
 }
 
 // sessionToEngine opens a connection to the engine in a session. Servers limit those
-// (MaxSessions): refused one, it waits for another to end.
+// (MaxSessions): refused one, it waits for another to end, and those that come later wait
+// behind it.
 func (m *master) sessionToEngine(ctx context.Context) (net.Conn, error) {
+	late := errors.New("the SSH server allows no more sessions (MaxSessions in its sshd_config), and none has ended")
+	select {
+	case m.opening <- struct{}{}:
+		defer func() { <-m.opening }()
+	case <-m.done:
+		return nil, io.ErrUnexpectedEOF
+	case <-ctx.Done():
+		return nil, late
+	}
 	for {
-		m.sessions.Add(1)
+		select {
+		case <-m.freed: // by one that ended before
+		default:
+		}
+		others := m.sessions.Load()
 		e, err := dialEngine(m.control, m.host.socket, listTimeout)
 		if err == nil {
-			m.free() // for the next that waits; it may be refused
+			m.sessions.Add(1)
 			e.limit.N = math.MaxInt64
 			e.s.SetReadDeadline(time.Time{})
-			return &sessionConn{muxSession: e.s, r: e.r, ended: sync.OnceFunc(func() {
-				m.sessions.Add(-1)
-				m.free()
+			return &sessionConn{muxSession: e.s, r: e.r, close: sync.OnceFunc(func() {
+				e.s.in.Close()
+				e.s.out.Close()
+				go m.release(e.s)
 			})}, nil
 		}
-		if left := m.sessions.Add(-1); left == 0 || !errors.As(err, new(*muxError)) {
+		if others == 0 || !errors.As(err, new(*muxError)) {
 			return nil, err
 		}
 		select {
@@ -210,9 +226,23 @@ func (m *master) sessionToEngine(ctx context.Context) (net.Conn, error) {
 		case <-m.done:
 			return nil, io.ErrUnexpectedEOF
 		case <-ctx.Done():
-			return nil, errors.New("the SSH server allows no more sessions (MaxSessions in its sshd_config), and none has ended")
+			return nil, late
 		}
 	}
+}
+
+// release closes a session once its command has ended, for until then the server counts it.
+// A server that gets the next request along with that end may still do so: whoever is then
+// refused tries again a little later.
+func (m *master) release(s *muxSession) {
+	s.mux.conn.SetReadDeadline(time.Now().Add(muxTimeout))
+	<-s.ended
+	io.Copy(io.Discard, s.mux.r) // until the master has closed the channel, too
+	s.Close()
+	m.free()
+	time.Sleep(sessionLag)
+	m.sessions.Add(-1)
+	m.free()
 }
 
 func (m *master) free() {
@@ -231,6 +261,7 @@ func (l *link) routeEngine(ctx context.Context, m *master, listed <-chan struct{
 	case <-listed:
 	}
 	at, remote := l.r.paths.engine, m.host.socket
+	defer removeSocket(at) // ssh can leave it behind
 	if remote == "" {
 		remote = askEngineSocket(m.control)
 	}

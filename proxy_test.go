@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,8 +12,10 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -324,7 +327,7 @@ func TestFail(t *testing.T) {
 		{"connecting, for no known reason", connection{State: connecting}, errors.New("too many"), 503, "not connected yet: too many"},
 		{"hung up", connection{State: connected}, io.EOF, 502, "the remote engine closed the connection before it answered"},
 		{"hung up within", connection{State: connected}, fmt.Errorf("reading: %w", io.ErrUnexpectedEOF), 502, "the remote engine closed the connection before it answered"},
-		{"unreachable", connection{State: connected, LastError: "old"}, syscall.ECONNREFUSED, 502, "the remote engine cannot be reached: connection refused"},
+		{"unreachable", connection{State: connected, LastError: "old"}, syscall.EHOSTUNREACH, 502, "the remote engine cannot be reached: no route to host"},
 		{"to be escaped", connection{State: connected}, errors.New(`"<` + "\n"), 502, "the remote engine cannot be reached: \"<\n"},
 	} {
 		p := &proxy{board: newBoard(&snapshot{Connection: c.shown})}
@@ -826,5 +829,310 @@ func TestProxyHostile(t *testing.T) {
 		if err != nil || resp.StatusCode != http.StatusBadRequest {
 			t.Errorf("%q: %+v, %v", request, resp, err)
 		}
+	}
+}
+
+// sessionServer stands in for a master and the server behind it: it opens as many sessions as there is room for, each with
+// an engine that says back what it hears, and refuses others. A session counts until release, as a server's does until its
+// command has ended.
+type sessionServer struct {
+	*master
+	asked chan struct{} // something asks for a session; received by the test, which lets it be served
+
+	mu      sync.Mutex
+	room    int
+	refused int
+	broken  bool // the command ends without having reached the engine
+	release chan struct{}
+}
+
+func serveSessions(t *testing.T, room int) *sessionServer {
+	t.Helper()
+	l, control := listenFake(t)
+	s := &sessionServer{room: room, asked: make(chan struct{}), release: make(chan struct{}, 99)}
+	s.master = forwardTo("")
+	s.master.control, s.master.opening = control, make(chan struct{}, 1)
+	over := make(chan struct{})
+	t.Cleanup(func() { close(over) })
+	serveEach(t, l, func(conn net.Conn) {
+		c := conn.(*net.UnixConn)
+		c.SetDeadline(time.Now().Add(patience))
+		c.Write(newMuxFrame(muxHello).u32(muxVersion).bytes())
+		var body []byte
+		for range 2 { // the greeting and the request
+			var head [4]byte
+			if _, err := io.ReadFull(c, head[:]); err != nil {
+				return
+			}
+			body = make([]byte, binary.BigEndian.Uint32(head[:]))
+			if _, err := io.ReadFull(c, body); err != nil {
+				return
+			}
+		}
+		var ends [3]*os.File
+		for i := range ends {
+			if ends[i] = receiveEnd(t, c); ends[i] == nil {
+				return
+			}
+			defer ends[i].Close()
+		}
+		select {
+		case s.asked <- struct{}{}:
+		case <-over:
+			return
+		}
+		s.mu.Lock()
+		open, broken := s.room > 0, s.broken
+		if open {
+			s.room--
+		} else {
+			s.refused++
+		}
+		s.mu.Unlock()
+		if !open {
+			c.Write(newMuxFrame(muxFailure).u32(1).str("Session open refused by peer").bytes())
+			return
+		}
+		c.Write(newMuxFrame(muxSessionOpened).u32(1).u32(7).bytes())
+		if !broken {
+			mark := regexp.MustCompile("rdhpf-[0-9a-f]{16}").Find(body)
+			ends[1].Write(append(mark, '\n'))
+			io.Copy(ends[1], ends[0])
+		}
+		select {
+		case <-s.release:
+		case <-over:
+		}
+		s.mu.Lock()
+		s.room++
+		s.mu.Unlock()
+		c.Write(newMuxFrame(muxExit).u32(7).u32(0).bytes())
+	})
+	return s
+}
+
+// dial asks for a connection to the engine; ask waits until the server is asked for it.
+func (s *sessionServer) dial(ctx context.Context) chan dialled {
+	got := make(chan dialled, 1)
+	go func() {
+		conn, err := s.sessionToEngine(ctx)
+		got <- dialled{conn, err}
+	}()
+	return got
+}
+
+type dialled struct {
+	net.Conn
+	error
+}
+
+// works fails unless a connection came of it that reaches the engine.
+func (d dialled) works(t *testing.T) net.Conn {
+	t.Helper()
+	if d.error != nil {
+		t.Fatal(d.error)
+	}
+	d.SetDeadline(time.Now().Add(patience))
+	io.WriteString(d.Conn, "hello")
+	if b := make([]byte, 5); !isRead(d.Conn, b, "hello") {
+		t.Fatalf("the engine said %q", b)
+	}
+	return d.Conn
+}
+
+// Where the server allows no more sessions, a connection waits for one to end at the server; nobody waits for nothing.
+func TestSessions(t *testing.T) {
+	patient, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	waits := func(t *testing.T, got chan dialled) {
+		t.Helper()
+		select {
+		case d := <-got:
+			t.Fatalf("it does not wait: %v", d.error)
+		case <-time.After(muxSoon / 4):
+		}
+	}
+	start := func(t *testing.T, room int) *sessionServer {
+		t.Cleanup(noLeaks(t))
+		return serveSessions(t, room)
+	}
+	t.Run("none is open", func(t *testing.T) {
+		s := start(t, 0)
+		for range 2 {
+			got := s.dial(patient)
+			<-s.asked
+			if d := <-got; !errors.As(d.error, new(*muxError)) {
+				t.Errorf("refused: %v", d.error)
+			}
+		}
+	})
+	t.Run("several at once, none is open", func(t *testing.T) {
+		s := start(t, 0)
+		first, second := s.dial(patient), s.dial(patient)
+		for range 2 {
+			<-s.asked
+		}
+		for _, got := range []chan dialled{first, second} {
+			if d := <-got; !errors.As(d.error, new(*muxError)) {
+				t.Errorf("refused: %v", d.error)
+			}
+		}
+	})
+	t.Run("two wait", func(t *testing.T) {
+		s := start(t, 2)
+		var open []net.Conn
+		for range 2 {
+			got := s.dial(patient)
+			<-s.asked
+			open = append(open, (<-got).works(t))
+		}
+		first, second := s.dial(patient), s.dial(patient)
+		<-s.asked
+		waits(t, first)
+		waits(t, second)
+		open[0].Close()
+		open[1].Close()
+		waits(t, first) // for the server, they have not ended
+		s.release <- struct{}{}
+		s.release <- struct{}{}
+		var conns []net.Conn
+		for len(conns) < 2 {
+			select {
+			case <-s.asked:
+			case d := <-first:
+				conns = append(conns, d.works(t))
+			case d := <-second:
+				conns = append(conns, d.works(t))
+			case <-patient.Done():
+				t.Fatal("one waits for ever")
+			}
+		}
+		for _, c := range conns {
+			c.Close()
+			s.release <- struct{}{}
+		}
+		eventually(t, "none counts", so(func() bool { return s.sessions.Load() == 0 }))
+	})
+	t.Run("the one that has the room fails", func(t *testing.T) {
+		s := start(t, 1)
+		s.broken = true
+		first, second := s.dial(patient), s.dial(patient)
+		s.release <- struct{}{}
+		for range 2 {
+			select {
+			case <-s.asked:
+				select { // the second asks only once the first has failed, or is refused meanwhile
+				case s.release <- struct{}{}:
+				default:
+				}
+			case <-patient.Done():
+				t.Fatal("one waits for ever")
+			}
+		}
+		for _, got := range []chan dialled{first, second} {
+			if d := <-got; d.error == nil || strings.Contains(d.error.Error(), "MaxSessions") {
+				t.Errorf("with a command that fails: %v", d.error)
+			}
+		}
+	})
+	t.Run("it gives up", func(t *testing.T) {
+		s := start(t, 1)
+		got := s.dial(patient)
+		<-s.asked
+		open := (<-got).works(t)
+		ctx, leave := context.WithCancel(patient)
+		waiting, behind := s.dial(ctx), s.dial(ctx)
+		<-s.asked
+		waits(t, waiting)
+		leave()
+		for _, got := range []chan dialled{waiting, behind} {
+			if d := <-got; d.error == nil || !strings.Contains(d.error.Error(), "MaxSessions") {
+				t.Errorf("at the end of its patience: %v", d.error)
+			}
+		}
+		last := s.dial(patient)
+		<-s.asked
+		waits(t, last)
+		close(s.done)
+		if d := <-last; !masterGone(d.error) {
+			t.Errorf("at the end of the master: %v", d.error)
+		}
+		open.Close()
+		s.release <- struct{}{}
+		eventually(t, "none counts", so(func() bool { return s.sessions.Load() == 0 }))
+	})
+}
+
+// A server counts a session until its command has ended, which takes time; who waits for it gets it all the same.
+func TestSessionsAgainstSSH(t *testing.T) {
+	dir := muxTempDir(t)
+	if err := os.WriteFile(filepath.Join(dir, "docker"), []byte("#!/bin/sh\ncat; sleep 0.1\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	m := sshMaster(t, startSSHD(t, "MaxSessions 1", "SetEnv PATH="+dir+":/usr/bin:/bin"))
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	dial := func() chan dialled {
+		got := make(chan dialled, 1)
+		go func() {
+			conn, err := m.sessionToEngine(ctx)
+			got <- dialled{conn, err}
+		}()
+		return got
+	}
+	conn := (<-dial()).works(t)
+	for range 5 {
+		next := dial()
+		conn.Close()
+		conn = (<-next).works(t)
+	}
+	conn.Close()
+}
+
+// The way to the engine is a forward to its socket where the server allows that and something answers there, and leaves no
+// socket behind.
+func TestRouteEngine(t *testing.T) {
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) { io.WriteString(w, "OK") })}
+	l, remote := listenFake(t)
+	go srv.Serve(l)
+	t.Cleanup(func() { srv.Close() })
+	for _, c := range []struct {
+		name, config, remote string
+		forwarded            bool
+	}{
+		{"allowed", "AllowStreamLocalForwarding yes", remote, true},
+		{"forbidden", "AllowStreamLocalForwarding no", remote, false},
+		{"nobody is there", "AllowStreamLocalForwarding yes", remote + "x", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m := sshMaster(t, startSSHD(t, c.config))
+			r := loopOf(t)
+			r.paths.engine, m.host.socket = m.control+".engine", c.remote
+			link := handLink(r)
+			r.link = link
+			listed, ended := make(chan struct{}), make(chan error, 1)
+			go func() { ended <- link.routeEngine(link.ctx, m, listed) }()
+			select {
+			case <-m.routed:
+				t.Error("it does not wait for the first list")
+			case <-time.After(muxSoon / 4):
+			}
+			close(listed)
+			await(t, "the way is known", m.routed)
+			if want := map[bool]string{true: r.paths.engine}[c.forwarded]; m.engineAt != want {
+				t.Errorf("the way is %q, want %q", m.engineAt, want)
+			}
+			(<-r.tasks)(epoch)
+			if r.shown.RemoteDockerSocket != c.remote || !r.changed {
+				t.Errorf("the remote socket is shown as %q", r.shown.RemoteDockerSocket)
+			}
+			link.cancel()
+			if err := <-ended; !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
+			if _, err := os.Lstat(r.paths.engine); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the socket is left behind: %v", err)
+			}
+		})
 	}
 }

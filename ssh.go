@@ -113,7 +113,8 @@ type master struct {
 
 	routed   chan struct{} // closed once engineAt is set
 	engineAt string        // socket forwarded to the engine's; "" if each connection takes a session
-	sessions atomic.Int32  // open for tools
+	opening  chan struct{} // semaphore for opening sessions for tools
+	sessions atomic.Int32  // those that the server may count
 	freed    chan struct{} // one of them has ended; capacity 1
 
 	mu    sync.Mutex
@@ -144,8 +145,8 @@ func (prog sshProgram) startMaster(ctx context.Context, h host, control string, 
 	if err != nil {
 		return nil, fmt.Errorf("starting ssh: %w", err)
 	}
-	m := &master{host: h, jump: prog.jump, control: control, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}), dials: make(chan struct{}, maxDials),
-		routed: make(chan struct{}), freed: make(chan struct{}, 1)}
+	m := &master{host: h, jump: prog.jump, control: control, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}),
+		dials: make(chan struct{}, maxDials), routed: make(chan struct{}), opening: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
 	m.cmd.Stderr = w
 	err = startChild(m.cmd)
 	w.Close()
