@@ -29,6 +29,7 @@ const (
 	idleEngine    = 90 * time.Second
 	sessionLag    = 100 * time.Millisecond // for a server to let go of a session that has ended
 	maxIdle       = 8                      // connections to the engine that are kept for the next request
+	sameCommand   = time.Second            // between two requests on a connection that a tool makes for one purpose
 	defaultEngine = "/var/run/docker.sock"
 )
 
@@ -47,13 +48,14 @@ func (p *proxy) serve(ctx context.Context, l *net.UnixListener) {
 	defer transport.CloseIdleConnections()
 	silent := log.New(io.Discard, "", 0) // clients that end early are nothing to report
 	srv := &http.Server{
-		Handler: &httputil.ReverseProxy{Transport: transport, FlushInterval: -1, ErrorLog: silent,
+		Handler: p.waitOnce(&httputil.ReverseProxy{Transport: transport, FlushInterval: -1, ErrorLog: silent,
 			Rewrite: func(r *httputil.ProxyRequest) {
 				r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "docker", r.In.Host
 				r.Out.URL.RawQuery = r.In.URL.RawQuery // as it came, parsable or not
 			},
-			ModifyResponse: p.hold, ErrorHandler: p.fail},
+			ModifyResponse: p.hold, ErrorHandler: p.fail}),
 		BaseContext: func(net.Listener) context.Context { return ctx },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, toolKey{}, c) },
 		ErrorLog:    silent, ReadHeaderTimeout: firstDeadline,
 	}
 	defer context.AfterFunc(ctx, func() { srv.Close() })()
@@ -81,10 +83,31 @@ func (p *proxy) hold(resp *http.Response) error {
 	return nil
 }
 
+// waitOnce fails a request at once if the tool's last one waited in vain just before. Docker
+// pings twice before it asks, and would take three times as long to say what is wrong.
+func (p *proxy) waitOnce(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		c := req.Context().Value(toolKey{}).(*toolConn)
+		if c.failure != nil && time.Since(c.gaveUp) < sameCommand {
+			p.fail(w, req, c.failure)
+			return
+		}
+		began := time.Now()
+		c.failure = nil
+		next.ServeHTTP(w, req)
+		if c.failure != nil && time.Since(began) >= holdFor {
+			c.gaveUp = time.Now()
+		}
+	})
+}
+
 // fail answers a request that could not be passed on. Docker's tools print the message.
 func (p *proxy) fail(w http.ResponseWriter, req *http.Request, err error) {
 	if req.Context().Err() != nil {
 		panic(http.ErrAbortHandler) // the client has left, or the instance ends; to return would answer 200
+	}
+	if c, ok := req.Context().Value(toolKey{}).(*toolConn); ok {
+		c.failure = err
 	}
 	status, text := http.StatusBadGateway, "the remote engine cannot be reached: "+err.Error()
 	snap, _ := p.board.look()
@@ -113,13 +136,19 @@ func (l *toolListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	l.open.Add(1)
-	return &toolConn{conn, sync.OnceFunc(l.open.Done)}, nil
+	return &toolConn{UnixConn: conn, closed: sync.OnceFunc(l.open.Done)}, nil
 }
 
+// toolConn is the connection of a tool, which makes one request at a time.
 type toolConn struct {
 	*net.UnixConn
 	closed func()
+
+	failure error     // of its last request
+	gaveUp  time.Time // when the last one failed that had waited
 }
+
+type toolKey struct{} // of the toolConn in a request's context
 
 // Read tells a tool that has left from one that has only closed its sending side, which
 // may still wait for output.
