@@ -39,12 +39,13 @@ func needPodman(t *testing.T) (f *field, g *testRig, socket string) {
 	t.Helper()
 	needTool(t, "podman")
 	f = newField(t, map[string]string{"podman": fmt.Sprintf("Port %d", podmanSet), "podman-told": fmt.Sprintf("Port %d", podmanUnset)})
-	rig, inside := f.g.env["RIG_DIR"], "--net=/run/netns/"+f.g.env["RIG_NS"]
+	rig := f.g.env["RIG_DIR"]
 	dir, err := os.MkdirTemp(rig, "podman") // what a killed test leaves goes with the rig
 	if err != nil {
 		t.Fatal(err)
 	}
 	socket = filepath.Join(dir, "podman.sock")
+	// Its own limits are higher than some machines allow, and its own locks are the machine's.
 	f.write("containers.conf", fmt.Sprintf(`[containers]
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
 [engine]
@@ -55,25 +56,21 @@ tmp_dir = "%s/tmp"
 [network]
 network_config_dir = "%[1]s/networks"
 `, dir))
-	podman := func(args ...string) []string {
-		return append([]string{inside, "env", "-u", "CONTAINER_HOST", "CONTAINERS_CONF=" + f.path("containers.conf"), "podman",
-			"--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver", "vfs"}, args...)
-	}
+	podman := []string{"--net=/run/netns/" + f.g.env["RIG_NS"], "unshare", "--mount", "sh", "-c", `mount -t tmpfs podman /run/netns && exec "$@"`, "sh",
+		"env", "-u", "CONTAINER_HOST", "CONTAINERS_CONF=" + f.path("containers.conf"),
+		"podman", "--root", dir + "/root", "--runroot", dir + "/run", "--storage-driver", "vfs"} // its mounts end with it
 	t.Cleanup(func() {
-		if out, err := exec.Command("nsenter", podman("rm", "--all", "--force", "--time", "0")...).CombinedOutput(); err != nil {
-			t.Errorf("removing podman's containers: %v: %s", err, out)
-		}
 		if err := os.RemoveAll(dir); err != nil {
 			t.Error(err)
 		}
 	})
 	load := exec.Command("sh", "-c", `docker -H "$0" save "$1" | { shift; exec nsenter "$@"; }`)
 	load.Args = append(load.Args, "unix://"+f.g.env["RIG_DOCKER"], f.g.env["RIG_IMAGE"])
-	load.Args = append(load.Args, podman("load")...)
+	load.Args = append(append(load.Args, podman...), "load")
 	if out, err := load.CombinedOutput(); err != nil {
 		t.Skipf("podman cannot run here: %v: %s", err, out)
 	}
-	background(t, "nsenter", podman("system", "service", "--time=0", "unix://"+socket)...)
+	background(t, "nsenter", append(podman[:len(podman):len(podman)], "system", "service", "--time=0", "unix://"+socket)...)
 	g = f.g.engineAt(socket)
 	eventually(t, "podman's service", func() error { return g.call("GET", "/_ping", nil, nil) })
 	trial, err := g.tryCreate(t, boxSpec{ports: []boxPort{{host: freePorts(t, 1), private: 80}}})

@@ -285,7 +285,8 @@ func (g *testRig) tryCreate(t *testing.T, spec boxSpec) (*box, error) {
 	err := g.call("POST", "/containers/create?name="+b.name, map[string]any{
 		"Image": g.env["RIG_IMAGE"], "Cmd": append([]string{"-name", b.name}, spec.args...), "ExposedPorts": exposed, "Labels": spec.labels,
 		"HostConfig": map[string]any{"PortBindings": bindings, "PublishAllPorts": spec.all, "NetworkMode": spec.network,
-			"RestartPolicy": map[string]string{"Name": spec.restart}},
+			"RestartPolicy": map[string]string{"Name": spec.restart},
+			"CgroupParent":  "/rdhpf-rig-" + g.env["RIG_NAME"]}, // as for dockerd; the rig takes all in it down
 	}, &made)
 	if err != nil {
 		return nil, err

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# rig install: the packages a rig needs.
+# rig install: the packages a rig needs, and podman, which some tests run beside it.
 
 cmd_install() {
 	local missing pkgs=() t policy=/usr/sbin/policy-rc.d
-	missing=$(missing_tools)
+	missing=$(missing_tools podman)
 	if [[ -z $missing ]]; then
 		say "nothing is missing"
 		return
@@ -42,6 +42,6 @@ cmd_install() {
 		"${apt[@]}" install -y --no-install-recommends "${pkgs[@]}" >&2
 	fi
 	hash -r
-	missing=$(missing_tools)
+	missing=$(missing_tools podman)
 	[[ -z $missing ]] || die "still missing: $missing"
 }
