@@ -44,13 +44,14 @@ func (p *proxy) serve(ctx context.Context, l *net.UnixListener) {
 	defer transport.CloseIdleConnections()
 	silent := log.New(io.Discard, "", 0) // clients that end early are nothing to report
 	srv := &http.Server{
-		Handler: &httputil.ReverseProxy{Transport: transport, FlushInterval: -1, ErrorLog: silent,
+		Handler: p.waitOnce(&httputil.ReverseProxy{Transport: transport, FlushInterval: -1, ErrorLog: silent,
 			Rewrite: func(r *httputil.ProxyRequest) {
 				r.Out.URL.Scheme, r.Out.URL.Host, r.Out.Host = "http", "docker", r.In.Host
 				r.Out.URL.RawQuery = r.In.URL.RawQuery // as it came, parsable or not
 			},
-			ModifyResponse: p.hold, ErrorHandler: p.fail},
+			ModifyResponse: p.hold, ErrorHandler: p.fail}),
 		BaseContext: func(net.Listener) context.Context { return ctx },
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, toolKey{}, c) },
 		ErrorLog:    silent, ReadHeaderTimeout: firstDeadline,
 	}
 	defer context.AfterFunc(ctx, func() { srv.Close() })()
@@ -78,10 +79,34 @@ func (p *proxy) hold(resp *http.Response) error {
 	return nil
 }
 
+// sameCommand is the longest between two requests on a connection that have one purpose.
+const sameCommand = time.Second
+
+// waitOnce fails a request at once if the tool's last one waited in vain just before. Docker
+// pings twice before it asks, and would take three times as long to say what is wrong.
+func (p *proxy) waitOnce(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		c := req.Context().Value(toolKey{}).(*toolConn)
+		if c.failure != nil && time.Since(c.gaveUp) < sameCommand {
+			p.fail(w, req, c.failure)
+			return
+		}
+		began := time.Now()
+		c.failure = nil
+		next.ServeHTTP(w, req)
+		if c.failure != nil && time.Since(began) >= holdFor {
+			c.gaveUp = time.Now()
+		}
+	})
+}
+
 // fail answers a request that could not be passed on. Docker's tools print the message.
 func (p *proxy) fail(w http.ResponseWriter, req *http.Request, err error) {
 	if req.Context().Err() != nil {
 		return // the client has left
+	}
+	if c, ok := req.Context().Value(toolKey{}).(*toolConn); ok {
+		c.failure = err
 	}
 	status, text := http.StatusBadGateway, "the remote engine cannot be reached: "+err.Error()
 	snap, _ := p.board.look()
@@ -110,13 +135,19 @@ func (l *toolListener) Accept() (net.Conn, error) {
 		return nil, err
 	}
 	l.open.Add(1)
-	return &toolConn{conn, sync.OnceFunc(l.open.Done)}, nil
+	return &toolConn{UnixConn: conn, closed: sync.OnceFunc(l.open.Done)}, nil
 }
 
+// toolConn is the connection of a tool, which makes one request at a time.
 type toolConn struct {
 	*net.UnixConn
 	closed func()
+
+	failure error     // of its last request
+	gaveUp  time.Time // when the last one failed that had waited
 }
+
+type toolKey struct{} // of the toolConn in a request's context
 
 // Read tells a tool that has left from one that has only closed its sending side, which
 // may still wait for output.
