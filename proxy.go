@@ -25,8 +25,8 @@ import (
 )
 
 const (
-	settleTimeout = 2 * time.Second // the longest an answer is held until the ports have followed it
-	idleEngine    = 90 * time.Second
+	settleTimeout = 2 * time.Second        // the longest an answer is held until the ports have followed it
+	idleEngine    = 10 * time.Minute       // each new connection costs a round trip
 	sessionLag    = 100 * time.Millisecond // for a server to let go of a session that has ended
 	maxIdle       = 8                      // connections to the engine that are kept for the next request
 	sameCommand   = time.Second            // between two requests on a connection that a tool makes for one purpose

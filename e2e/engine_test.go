@@ -1,3 +1,5 @@
+//go:build linux
+
 package e2e
 
 // engine_test.go: the engine's socket. The docker CLI has to say the same through it as
@@ -30,11 +32,6 @@ import (
 
 // commandTime is the longest a docker command may take.
 const commandTime = 3 * time.Minute
-
-// engineSocket is where the run serves the engine.
-func (p *runProc) engineSocket() string {
-	return strings.TrimSuffix(p.paths().lock, ".lock") + ".docker.sock"
-}
 
 // docker is the CLI at a socket.
 type docker struct {

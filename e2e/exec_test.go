@@ -1,3 +1,5 @@
+//go:build linux
+
 package e2e
 
 // exec_test.go: `rdhpf run -- COMMAND` and `rdhpf env`.

@@ -1,3 +1,5 @@
+//go:build linux
+
 package e2e
 
 // podman_test.go: the program with a real podman, in the place of docker: its service runs on

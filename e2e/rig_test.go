@@ -663,6 +663,11 @@ func (p *runProc) paths() paths {
 	return paths{base + ".lock", base + ".state.json", base + ".sock", base + ".ctl"}
 }
 
+// engineSocket is where the run serves the engine.
+func (p *runProc) engineSocket() string {
+	return strings.TrimSuffix(p.paths().lock, ".lock") + ".docker.sock"
+}
+
 func (p *runProc) start() {
 	p.t.Helper()
 	r, w, err := os.Pipe()
