@@ -35,14 +35,15 @@ import (
 const (
 	relistEvery   = 30 * time.Second
 	beatEvery     = 2 * time.Second
-	sleptAfter    = 10 * time.Second     // a longer gap between beats means that the machine slept
-	wakeDeadline  = 3 * time.Second      // for the engine to answer after a sleep
-	sayAfter      = time.Second          // before saying that a connection is being made
-	settleAfter   = time.Second          // before listing again: an engine may report a change before it lists it
-	stubbornDelay = time.Minute          // if only the user can fix it
-	steadyAfter   = 30 * time.Second     // of connection, after which failures are forgotten
-	probePace     = 2 * time.Millisecond // between probes: a burst would delay user traffic
-	lookTimeout   = 5 * time.Second      // for the probes that a client waits for
+	sleptAfter    = 10 * time.Second       // a longer gap between beats means that the machine slept
+	wakeDeadline  = 3 * time.Second        // for the engine to answer after a sleep
+	sayAfter      = time.Second            // before saying that a connection is being made
+	settleAfter   = time.Second            // before listing again: an engine may report a change before it lists it
+	stubbornDelay = time.Minute            // if only the user can fix it
+	steadyAfter   = 30 * time.Second       // of connection, after which failures are forgotten
+	probePace     = 2 * time.Millisecond   // between probes: a burst would delay user traffic
+	settleGrace   = 250 * time.Millisecond // for a program that has just been started to listen
+	lookTimeout   = 5 * time.Second        // for the probes that a client waits for
 )
 
 // runOptions are the settings from the command line.
@@ -227,7 +228,7 @@ func (r *runner) step(now time.Time) (wake time.Time) {
 		r.connect()
 	}
 	r.ring(now)
-	r.lookForWaiting()
+	r.lookForWaiting(now)
 	for {
 		acts, due := r.state.plan(now)
 		for _, a := range acts {
@@ -635,6 +636,7 @@ type waiter struct {
 	since  time.Time // it wants observations newer than this; zero if it waits for none
 	until  time.Time // when it stops waiting
 	listed bool      // a list requested after since has arrived
+	grace  time.Time // until then a settle waits for what has just started to listen; zero before listed
 	answer chan<- reply
 }
 
@@ -697,11 +699,13 @@ func (r *runner) settle(ctx context.Context) { r.ask(ctx, "settle") }
 
 // lookForWaiting requests the probes that clients wait for, once a list shows what
 // exists.
-func (r *runner) lookForWaiting() {
+func (r *runner) lookForWaiting(now time.Time) {
 	for _, w := range r.waiting {
 		if !w.listed && r.link != nil && !w.since.IsZero() && !r.link.listedAt.Before(w.since) {
 			if w.listed = true; w.method != "settle" {
 				r.state.lookAgain(w.since, "")
+			} else {
+				w.grace = now.Add(settleGrace)
 			}
 		}
 	}
@@ -713,11 +717,13 @@ func (r *runner) answerWaiting(now time.Time) (next time.Time) {
 	var rest []*waiter
 	for _, w := range r.waiting {
 		over := w.since.IsZero() || !w.until.After(now) || r.shown.Connection.State != connected ||
-			w.method == "settle" && (w.listed || r.state.paused)
-		if !over && (!w.listed || len(r.state.unlooked(w.since)) > 0) {
+			w.method == "settle" && (r.state.paused || w.listed && (!w.grace.After(now) || !r.state.starting(now)))
+		if !over && (!w.listed || w.method == "settle" || len(r.state.unlooked(w.since)) > 0) {
 			rest = append(rest, w)
-			if next.IsZero() || w.until.Before(next) {
-				next = w.until
+			for _, at := range []time.Time{w.until, w.grace} {
+				if !at.IsZero() && (next.IsZero() || at.Before(next)) {
+					next = at
+				}
 			}
 			continue
 		}

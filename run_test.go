@@ -677,15 +677,27 @@ func TestSettle(t *testing.T) {
 			if !accepts(local) {
 				t.Error("the port is not open yet")
 			}
-			settled(h, "after the list", answer, true)
+			h.unanswered("before its service answers", answer)
+			h.probed(other, probeAnswered)
+			settled(h, "when it does", answer, true)
 			if f := h.forward(port); f.probe != 0 {
 				t.Error("a port that was there before is probed")
 			}
 		}},
+		{"after a while, if a service does not listen yet", func(h *hand, answer chan reply) {
+			h.list(web, late)
+			h.probed(other, probeSilent)
+			if wake := h.wait(settleGrace - time.Millisecond); wake.After(h.now.Add(time.Millisecond)) {
+				t.Errorf("it will be looked at again in %v", wake.Sub(h.now))
+			}
+			h.unanswered("within the grace", answer)
+			h.wait(time.Millisecond)
+			settled(h, "after it", answer, true)
+		}},
 		{"when its ports are closed", func(h *hand, answer chan reply) {
 			h.list(web, late)
-			settled(h, "after the first list", answer, true)
 			h.wait(time.Second)
+			settled(h, "after the first list", answer, true)
 			answer = h.ask("settle")
 			h.list(web)
 			if accepts(local) {

@@ -790,6 +790,17 @@ func (s *state) unlooked(since time.Time) (fs []*forward) {
 
 const stateVersion = "1.0"
 
+// starting reports whether a service that was started within the last second is being
+// waited for.
+func (s *state) starting(now time.Time) bool {
+	for _, f := range s.forwards {
+		if s.probeable(f) && f.stage != answering && f.stage != forbidden && now.Sub(f.created) < time.Second {
+			return true
+		}
+	}
+	return false
+}
+
 // snapshot is the state shown to clients. It is immutable once posted. Times are
 // UTC.
 type snapshot struct {

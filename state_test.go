@@ -1256,7 +1256,7 @@ func (w *simulation) step() {
 		w.connect()
 	}
 	w.ring(w.now)
-	w.lookForWaiting()
+	w.lookForWaiting(w.now)
 	w.wake = time.Time{}
 	until := func(t time.Time) {
 		if !t.IsZero() && (w.wake.IsZero() || t.Before(w.wake)) {

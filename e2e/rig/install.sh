@@ -21,6 +21,7 @@ cmd_install() {
 		docker) # a package of its own since Debian 13
 			pkgs+=(docker.io)
 			apt-cache show docker-cli >/dev/null 2>&1 && pkgs+=(docker-cli) ;;
+		docker-compose) pkgs+=(docker-compose python3-paramiko) ;; # the latter for ssh://
 		ip) pkgs+=(iproute2) ;;
 		nsenter | setpriv) pkgs+=(util-linux) ;;
 		nc) pkgs+=(netcat-openbsd) ;;

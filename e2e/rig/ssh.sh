@@ -4,7 +4,7 @@
 
 P_NOFORWARD=2201 P_PERMITOPEN=2202 P_ONESESSION=2203 P_NOISY=2204 P_NODOCKER=2205
 P_DENIED=2206 P_WRONGCTX=2207 P_SILENT=2208 P_REFUSED=2209 P_NOSOCKETS=2210
-P_FEWSESSIONS=2211
+P_FEWSESSIONS=2211 P_DEFAULTS=2212
 
 # ssh_files writes keys, configurations and the wrapper; sets SSHD.
 ssh_files() {
@@ -98,6 +98,8 @@ ssh_files() {
 		Port $P_NOSOCKETS
 	Host $NS-fewsessions
 		Port $P_FEWSESSIONS
+	Host $NS-defaults
+		Port $P_DEFAULTS
 	Host $NS-silent
 		Port $P_SILENT
 	Host $NS-refused

@@ -48,9 +48,13 @@ cmd_up() {
 		sshd_opts+=(-o PerSourcePenalties=no)
 	fi
 	spawn sshd "$DIR/sshd.out" "$SSHD" "${sshd_opts[@]}"
+	# MaxStartups cannot differ by port: its defaults need a server of their own.
+	spawn sshd-defaults "$DIR/sshd.out" "$SSHD" -p "$P_DEFAULTS" -o MaxStartups=10:30:100 \
+		-o MaxSessions=10 "${sshd_opts[@]}" -E "$DIR/sshd-defaults.log"
 	wait "$build_pid" || die "building the server failed"
 	spawn silent "$DIR/silent.log" "$DIR/server" -mode discard -listen "$P_SILENT"
 	wait_for 20 sshd "$(<"$DIR/sshd.pid")" port_open "$ADDR" 22
+	wait_for 20 sshd-defaults "$(<"$DIR/sshd-defaults.pid")" port_open "$ADDR" "$P_DEFAULTS"
 	wait_for 20 "silent listener" "$(<"$DIR/silent.pid")" port_open "$ADDR" "$P_SILENT"
 	wait_for 60 dockerd "$(<"$DIR/dockerd.pid")" docker_ready
 	tar -C "$DIR" -c server |
@@ -144,7 +148,7 @@ write_env() {
 	RIG_HOSTILE_PORT=$((23000 + INDEX))
 	RIG_IMAGE=$IMAGE
 	RIG_SSHD_PID=$(<"$DIR/sshd.pid")
-	RIG_PIDS=$(cat "$DIR"/{sshd,dockerd,silent}.pid | paste -sd,)
+	RIG_PIDS=$(cat "$DIR"/{sshd,dockerd,silent,sshd-defaults}.pid | paste -sd,)
 	END
 	mv "$DIR/env.new" "$DIR/env"
 }
