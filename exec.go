@@ -187,22 +187,30 @@ func runAround(o runOptions, argv []string, wait time.Duration) error {
 	cmd := exec.Command(program, argv[1:]...)
 	cmd.Args[0] = argv[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = os.Environ()
-	if now.snap.DockerSocket == "" {
+	if cmd.Env = environFor(now.snap); now.snap.DockerSocket == "" {
 		o.log.Warn(fmt.Sprintf("the instance that runs for %s does not serve the engine: DOCKER_HOST stays as it is", o.host))
-	} else {
-		cmd.Env = slices.DeleteFunc(cmd.Env, func(v string) bool {
-			name, _, _ := strings.Cut(v, "=")
-			return slices.Contains([]string{"DOCKER_CONTEXT", "DOCKER_TLS", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"}, name)
-		})
-		for i, value := range toolEnv(now.snap) {
-			cmd.Env = append(cmd.Env, toolVars[i]+"="+value) // the last one counts
-		}
 	}
 	if running.Store(true); ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
 	return execute(cmd, files, signals)
+}
+
+// environFor returns our environment, changed so that tools use the instance's engine if it
+// serves that.
+func environFor(snap *snapshot) []string {
+	env := os.Environ()
+	if snap.DockerSocket == "" {
+		return env
+	}
+	env = slices.DeleteFunc(env, func(v string) bool {
+		name, _, _ := strings.Cut(v, "=")
+		return slices.Contains([]string{"DOCKER_CONTEXT", "DOCKER_TLS", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"}, name)
+	})
+	for i, value := range toolEnv(snap) {
+		env = append(env, toolVars[i]+"="+value) // the last one counts
+	}
+	return env
 }
 
 // keepInstance runs an instance until ctx ends. While there is another, it is left alone;
