@@ -134,11 +134,9 @@ func (t target) runningWithDocker() (*snapshot, error) {
 // runAround runs a command while an instance for the host runs: the one there is, or else
 // its own, which ends with the command. It returns the command's exit status.
 func runAround(o runOptions, argv []string, wait time.Duration) error {
-	program, err := exec.LookPath(argv[0])
-	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EISDIR) {
-		return &commandEnd{exitNotExecutable, err}
-	} else if err != nil {
-		return &commandEnd{exitNotFound, err}
+	program, err := findProgram(argv[0])
+	if err != nil {
+		return err
 	}
 	files := fileLimit() // before the instance raises it for itself
 	signals := make(chan os.Signal, 16)
@@ -194,6 +192,17 @@ func runAround(o runOptions, argv []string, wait time.Duration) error {
 		return context.Cause(ctx)
 	}
 	return execute(cmd, files, signals)
+}
+
+// findProgram finds a program on PATH, and fails with the status that shells have for it.
+func findProgram(name string) (string, error) {
+	path, err := exec.LookPath(name)
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EISDIR) {
+		return "", &commandEnd{exitNotExecutable, err}
+	} else if err != nil {
+		return "", &commandEnd{exitNotFound, err}
+	}
+	return path, nil
 }
 
 // environFor returns our environment, changed so that tools use the instance's engine if it
