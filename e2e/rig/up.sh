@@ -91,14 +91,16 @@ build() {
 }
 
 # network makes the namespace and the first pair of links whose number is free;
-# the number gives the /30 out of 10.97.0.0/16. Sets ADDR, INDEX and NEAR.
+# the number gives the /30 out of 10.97.0.0/16, or of 198.18.0.0/16 if this machine
+# routes the former elsewhere. Sets ADDR, INDEX and NEAR.
 network() {
 	local index=0
+	[[ -z $(routes match "10.97.0.0/16") ]] || BASE=198.18
 	exec 8<"$LOCKS"
 	flock 8
-	while [[ -e /sys/class/net/rdhpf$index ]] || [[ -n $(ip -4 route show root "$(subnet $index 0)/30") ]]; do
+	while [[ -e /sys/class/net/rdhpf$index ]] || [[ -n $(routes root "$(subnet $index 0)/30"; routes match "$(subnet $index 0)/30") ]]; do
 		index=$((index + 1))
-		((index < 16384)) || die "no subnet is free in 10.97.0.0/16"
+		((index < 16384)) || die "no subnet is free in $BASE.0.0/16"
 	done
 	INDEX=$index NEAR=$(subnet "$index" 1) ADDR=$(subnet "$index" 2)
 	echo "$INDEX" >"$DIR/index"
@@ -112,7 +114,11 @@ network() {
 	ip -n "$NS" link set eth0 up
 }
 
-subnet() { echo "10.97.$(($1 / 64)).$(($1 % 64 * 4 + $2))"; }
+BASE=10.97
+subnet() { echo "$BASE.$(($1 / 64)).$(($1 % 64 * 4 + $2))"; }
+
+# routes KIND SUBNET prints the routes within (root) or around (match) a subnet.
+routes() { ip -4 route show "$1" "$2" | grep -v '^default' || true; }
 
 # spawn NAME LOG COMMAND... runs a daemon of the rig inside its namespace, and
 # leaves its pid in NAME.pid. nsenter, as `ip netns exec` would hide the cgroups.
