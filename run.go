@@ -18,6 +18,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -142,7 +143,10 @@ func run(ctx context.Context, o runOptions) error {
 	r.ctx, r.quit = context.WithCancel(ctx)
 	defer r.wg.Wait()
 	defer r.quit()
-	r.sockets = []*socket{{path: p.socket, serve: (&server{board: r.board, ask: r.ask, stop: r.quit}).serve}}
+	if errors.Is(call(p.socket, "ping", new(json.RawMessage)), errForeign) {
+		return foreign(p)
+	}
+	r.sockets = []*socket{{path: p.socket, serve: r.answer}}
 	if o.docker {
 		r.shown.DockerSocket = p.docker
 		r.sockets = append(r.sockets, &socket{path: p.docker, serve: (&proxy{gate: r.gate, board: r.board, settle: r.settle}).serve})
@@ -776,6 +780,11 @@ type socket struct {
 	listener *net.UnixListener
 	made     os.FileInfo // the file, as created
 	err      error       // why there is none
+}
+
+// answer answers clients on a socket, which may not be the first one.
+func (r *runner) answer(ctx context.Context, l *net.UnixListener) {
+	(&server{board: r.board, ask: r.ask, stop: r.quit}).serve(ctx, l)
 }
 
 // listen creates a socket and serves it until the instance ends or listen is called

@@ -51,7 +51,7 @@ func (r *runner) withFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { r.lock.Close() })
-	s := &socket{path: r.paths.socket, serve: (&server{board: r.board, ask: r.ask, stop: r.quit}).serve}
+	s := &socket{path: r.paths.socket, serve: r.answer}
 	if r.sockets = []*socket{s}; r.listen(s) != nil {
 		t.Fatal(err)
 	}

@@ -48,12 +48,8 @@ type client struct {
 }
 
 // listenSocket makes the socket, with mode 0600. The caller holds the instance lock, so whatever is in its place was
-// left behind by a dead instance, unless it answers.
+// left behind by a dead instance.
 func listenSocket(path string) (*net.UnixListener, error) {
-	if conn, err := net.Dial("unix", path); err == nil { // it takes no lock, so it is no instance of this version
-		conn.Close()
-		return nil, fmt.Errorf("%s: %w", path, errForeign)
-	}
 	if err := removeSocket(path); err != nil {
 		return nil, err
 	}

@@ -419,7 +419,7 @@ func TestE2EEnv(t *testing.T) {
 		asked(0, "stop")
 		p.ranTo(0)
 		for _, command := range []string{"status", "health", "env", "run"} { // nothing tells whose it was
-			if out, errs, code := p.rdhpfWith(env, command); out != "" || code == 0 || !strings.Contains(errs, "unset it or use -host") {
+			if out, errs, code := p.rdhpfWith(env, command); out != "" || code == 0 || !strings.Contains(errs, "use -host") {
 				t.Errorf("%s after stop: %q, %q, exit %d", command, out, errs, code)
 			}
 		}
