@@ -43,7 +43,7 @@ const (
 	stubbornDelay = time.Minute            // if only the user can fix it
 	steadyAfter   = 30 * time.Second       // of connection, after which failures are forgotten
 	probePace     = 2 * time.Millisecond   // between probes: a burst would delay user traffic
-	settleGrace   = 250 * time.Millisecond // for a program that has just been started to listen
+	settleGrace   = 500 * time.Millisecond // for a program that has just been started to listen
 	lookTimeout   = 5 * time.Second        // for the probes that a client waits for
 )
 
