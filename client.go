@@ -198,7 +198,7 @@ func hostServedAt(source string, p paths) (host, error) {
 		err = fmt.Errorf("that of %s has another path", h)
 	}
 	if err != nil {
-		return host{}, fmt.Errorf("%s is %s, the socket of no known instance: use -host (%w)", source, p.docker, err)
+		return host{}, &errNotRunning{fmt.Sprintf("%s is %s, the socket of no known instance: use -host (%v)", source, printable(p.docker, 1000), err)}
 	}
 	return h, nil
 }
