@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -227,5 +228,31 @@ func TestFindHost(t *testing.T) {
 		}
 		cancel()
 		<-done
+	}
+}
+
+// TestPredecessor has an rdhpf of an earlier version hold the socket: it sends its state without being asked, and takes no lock.
+func TestPredecessor(t *testing.T) {
+	dir := stateFolder(t)
+	p := pathsFor(dir, "ssh://box.invalid")
+	l, err := net.Listen("unix", p.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	serveEach(t, l, func(c net.Conn) {
+		io.WriteString(c, `{"version":"2.0","pid":4242,"ports":[]}`+"\n")
+		io.Copy(io.Discard, c)
+	})
+	if err := os.WriteFile(p.state, []byte(`{"version":"2.0","pid":4242,"ports":[]}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range []string{"status", "health", "stop", "run"} {
+		rdhpf(t, dir, args, "-host", "box.invalid").is(t, 1, "", `rdhpf: an rdhpf of another version \(pid 4242\) is running for this host: [^\n]*\n`)
+	}
+	if conn, err := net.Dial("unix", p.socket); err != nil {
+		t.Errorf("its socket is gone: %v", err)
+	} else {
+		conn.Close()
 	}
 }
