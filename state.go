@@ -115,9 +115,21 @@ var (
 // desired returns the forwards that the listed containers require. If two
 // containers claim the same key, the one listed first wins: engines list the
 // newest first, and the older one is usually about to go.
+//
+// IPv4 goes before ::, whatever came first. Engines such as Docker 20.10 pick a random port for
+// each, and once the two have drifted apart, the port of one container on :: is that of the
+// next on IPv4, which is where its clients look for it.
 func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 	wants := make(map[key]want)
 	skipped := []skippedPort{}
+	inet4 := make(map[netip.AddrPort]bool) // local ports that lead to ports published on IPv4
+	for _, c := range list {
+		for _, p := range c.ports {
+			if local, reason := cfg.local(p.public); reason == "" && p.proto == "tcp" && p.ip.Is4() {
+				inet4[local] = true
+			}
+		}
+	}
 	for _, c := range list {
 		tooMany := 0
 		skip := func(p port, reason string) {
@@ -137,6 +149,8 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 				reason = "SSH carries TCP only"
 			case !p.ip.IsValid():
 				reason = "published on an invalid address"
+			case reason == "" && p.ip == netip.IPv6Unspecified() && inet4[local]:
+				reason = fmt.Sprintf("published on :: only, and %s leads to what is published on IPv4", local)
 			}
 			if reason != "" {
 				skip(p, reason)
