@@ -289,8 +289,8 @@ func (t target) tell(method string) (answer json.RawMessage, err error) {
 		return nil, err
 	}
 	if !held {
-		if err := call(p.socket, "ping", new(json.RawMessage)); errors.Is(err, errForeign) {
-			return nil, foreign(p)
+		if err := checkForeign(p); err != nil {
+			return nil, err
 		}
 		if t.host == nil {
 			return nil, &errNotRunning{noInstance}
@@ -306,6 +306,14 @@ func (t target) tell(method string) (answer json.RawMessage, err error) {
 		return answer, awaitEnd(p.lock, pid)
 	}
 	return answer, nil
+}
+
+// checkForeign returns an error if an instance of another version runs.
+func checkForeign(p paths) error {
+	if !errors.Is(call(p.socket, "ping", new(json.RawMessage)), errForeign) {
+		return nil
+	}
+	return foreign(p)
 }
 
 // foreign says that an instance of another version runs, with what its state file tells.

@@ -47,6 +47,8 @@ type engine struct {
 	hostNet map[string]bool // what podman said of the listed containers that have no network
 }
 
+const pingRequest = "GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n"
+
 // errMaster marks an error of the ssh master rather than the engine.
 var errMaster = errors.New("the ssh master does not answer")
 
@@ -86,7 +88,7 @@ func (e *engine) start(timeout time.Duration) (err error) {
 		e.noise += noise
 		return err
 	}
-	if _, err := io.WriteString(e.s, "GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(e.s, pingRequest); err != nil {
 		return err
 	}
 	if head, _ := e.r.Peek(len("HTTP/1.")); string(head) != "HTTP/1." {

@@ -51,6 +51,7 @@ type link struct {
 	lookFrom  time.Time     // the first list requested since then has everything probed; zero: none
 	listDue   time.Time     // when to list again without a cause
 	wakeBy    time.Time     // deadline for the engine to answer; zero if none
+	saySoAt   time.Time     // when to say that the first connection takes long; zero: no more
 	listErr   error         // why listing fails
 	eventsErr error         // why following events fails
 	why       error         // the loop's reason for ending the link
@@ -309,23 +310,25 @@ func (g *gate) pass(ctx context.Context, failed *master) (*master, error) {
 	}
 }
 
-// dial opens a stream to an address on the remote host through the link. If the
-// link fails it uses the next one, since nothing has reached the service yet. A
-// refusal, a *muxError, is final.
-func (g *gate) dial(ctx context.Context, to netip.AddrPort) (*muxStream, *master, error) {
+// through has dial connect through the link. If the link fails it uses the next one,
+// since nothing has reached the service yet; any other error is final.
+func through[C any](ctx context.Context, g *gate, dial func(context.Context, *master) (C, error)) (conn C, m *master, err error) {
 	ctx, cancel := context.WithTimeout(ctx, holdFor)
 	defer cancel()
-	var m *master
 	for {
-		var err error
 		if m, err = g.pass(ctx, m); err != nil {
-			return nil, nil, err
+			return conn, nil, err
 		}
-		s, err := m.dial(ctx, to)
-		if err == nil || errors.As(err, new(*muxError)) || !masterGone(err) {
-			return s, m, err
+		if conn, err = dial(ctx, m); err == nil || !masterGone(err) {
+			return conn, m, err
 		}
 	}
+}
+
+// dial opens a stream to an address on the remote host through the link. A refusal is a
+// *muxError.
+func (g *gate) dial(ctx context.Context, to netip.AddrPort) (*muxStream, *master, error) {
+	return through(ctx, g, func(ctx context.Context, m *master) (*muxStream, error) { return m.dial(ctx, to) })
 }
 
 // masterGone reports whether a dial error means that the master has ended.

@@ -43,7 +43,11 @@ type proxy struct {
 // serve serves l until ctx ends, and returns once all connections of tools are closed.
 func (p *proxy) serve(ctx context.Context, l *net.UnixListener) {
 	// The transport lets a dial outlive its request, so only ctx ends one.
-	transport := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return p.gate.dialEngine(ctx) },
+	dial := func(context.Context, string, string) (net.Conn, error) {
+		conn, _, err := through(ctx, p.gate, func(ctx context.Context, m *master) (net.Conn, error) { return m.dialEngine(ctx) })
+		return conn, err
+	}
+	transport := &http.Transport{DialContext: dial,
 		DisableCompression: true, MaxIdleConns: maxIdle, MaxIdleConnsPerHost: maxIdle, IdleConnTimeout: idleEngine}
 	defer transport.CloseIdleConnections()
 	silent := log.New(io.Discard, "", 0) // clients that end early are nothing to report
@@ -165,24 +169,7 @@ func (c *toolConn) Close() error {
 	return c.UnixConn.Close()
 }
 
-// dialEngine connects to the remote engine through the link. While there is no link it
-// waits for the next.
-func (g *gate) dialEngine(ctx context.Context) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, holdFor)
-	defer cancel()
-	var m *master
-	for {
-		var err error
-		if m, err = g.pass(ctx, m); err != nil {
-			return nil, err
-		}
-		conn, err := m.dialEngine(ctx)
-		if err == nil || !masterGone(err) {
-			return conn, err
-		}
-	}
-}
-
+// dialEngine connects to the remote engine, once it is known how.
 func (m *master) dialEngine(ctx context.Context) (net.Conn, error) {
 	select {
 	case <-m.routed:
@@ -341,7 +328,7 @@ func (m *master) forwardEngine(ctx context.Context, at, remote string) error {
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	conn.SetDeadline(time.Now().Add(listTimeout))
-	if _, err := io.WriteString(conn, "GET /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(conn, pingRequest); err != nil {
 		return err
 	}
 	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)

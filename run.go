@@ -18,7 +18,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -87,7 +86,6 @@ type runner struct {
 	proven   bool // events were followed as well: the server allows two sessions
 	failures int
 	retryAt  time.Time
-	saySoAt  time.Time // when to say that the first connection takes long; zero: not again
 	lastErr  error     // why there is no connection
 	lastBeat time.Time // to detect that the machine slept
 
@@ -116,7 +114,6 @@ func run(ctx context.Context, o runOptions) error {
 	if err != nil {
 		return err
 	}
-	ssh.readConfig(o.host)
 	if err := makeDir(p.dir); err != nil {
 		return err
 	}
@@ -125,6 +122,7 @@ func run(ctx context.Context, o runOptions) error {
 		return err
 	}
 	sweepDir(p.dir, time.Now())
+	ssh.readConfig(o.host)
 	r := &runner{runOptions: o, paths: p, ssh: ssh, lock: lock, tasks: make(chan func(time.Time), 64),
 		gate: newGate(), doors: make(map[key]*door)}
 	defer func() { r.lock.Close() }()
@@ -143,8 +141,8 @@ func run(ctx context.Context, o runOptions) error {
 	r.ctx, r.quit = context.WithCancel(ctx)
 	defer r.wg.Wait()
 	defer r.quit()
-	if errors.Is(call(p.socket, "ping", new(json.RawMessage)), errForeign) {
-		return foreign(p)
+	if err := checkForeign(p); err != nil {
+		return err
 	}
 	r.sockets = []*socket{{path: p.socket, serve: r.answer}}
 	if o.docker {
@@ -258,7 +256,7 @@ func (r *runner) step(now time.Time) (wake time.Time) {
 	} else {
 		until(r.link.listDue)
 		until(r.link.wakeBy)
-		until(r.saySoAt)
+		until(r.link.saySoAt)
 	}
 	return wake
 }
@@ -268,7 +266,7 @@ func (r *runner) connect() {
 	l := &link{r: r, relist: make(chan struct{}, 1), pings: make(chan chan error), first: !r.proven && !r.retry}
 	l.ctx, l.cancel = context.WithCancel(r.ctx)
 	if r.link, r.retryAt = l, (time.Time{}); !r.everUp && r.lastErr == nil {
-		r.saySoAt = time.Now().Add(sayAfter)
+		l.saySoAt = time.Now().Add(sayAfter)
 	}
 	r.start(func() {
 		err := l.run()
@@ -447,7 +445,7 @@ func (r *runner) listed(now time.Time, l *link, list []container, began time.Tim
 	if r.connection(now, connected) || r.shown.Engine != server {
 		r.shown.Engine, r.changed = server, true
 	}
-	r.everUp, r.lastErr, r.saySoAt = true, nil, time.Time{}
+	r.everUp, r.lastErr, l.saySoAt = true, nil, time.Time{}
 	r.state.listed(now, list)
 	if !l.lookFrom.IsZero() && !began.Before(l.lookFrom) {
 		r.state.lookAgain(l.lookFrom, "")
@@ -545,7 +543,7 @@ func (r *runner) down(now time.Time, l *link, err error) {
 	if errors.As(err, &e) && e.stubborn {
 		delay = stubbornDelay
 	}
-	r.link, r.saySoAt = nil, time.Time{}
+	r.link = nil
 	r.gate.set(nil)
 	r.state.disconnected()
 	if r.everUp {
@@ -573,8 +571,8 @@ func (r *runner) ring(now time.Time) {
 	if l == nil {
 		return
 	}
-	if !r.saySoAt.IsZero() && !r.saySoAt.After(now) {
-		r.saySoAt = time.Time{}
+	if !l.saySoAt.IsZero() && !l.saySoAt.After(now) {
+		l.saySoAt = time.Time{}
 		r.log.Info(fmt.Sprintf("connecting to %s …", r.host))
 	}
 	if !l.listDue.IsZero() && !l.listDue.After(now) {
@@ -720,9 +718,7 @@ func (r *runner) lookForWaiting(now time.Time) {
 func (r *runner) answerWaiting(now time.Time) (next time.Time) {
 	var rest []*waiter
 	for _, w := range r.waiting {
-		over := w.since.IsZero() || !w.until.After(now) || r.shown.Connection.State != connected ||
-			w.method == "settle" && (r.state.paused || w.listed && (!w.grace.After(now) || !r.state.starting(now)))
-		if !over && (!w.listed || w.method == "settle" || len(r.state.unlooked(w.since)) > 0) {
+		if !r.doneWaiting(w, now) {
 			rest = append(rest, w)
 			for _, at := range []time.Time{w.until, w.grace} {
 				if !at.IsZero() && (next.IsZero() || at.Before(next)) {
@@ -735,6 +731,17 @@ func (r *runner) answerWaiting(now time.Time) (next time.Time) {
 	}
 	r.waiting = rest
 	return next
+}
+
+// doneWaiting reports whether a client has what it waits for, or will not get it.
+func (r *runner) doneWaiting(w *waiter, now time.Time) bool {
+	switch {
+	case w.since.IsZero() || !w.until.After(now) || r.shown.Connection.State != connected:
+		return true
+	case w.method == "settle":
+		return r.state.paused || w.listed && (!w.grace.After(now) || !r.state.starting(now))
+	}
+	return w.listed && len(r.state.unlooked(w.since)) == 0
 }
 
 // replyTo returns the reply to a client that is done waiting.

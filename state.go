@@ -802,8 +802,6 @@ func (s *state) unlooked(since time.Time) (fs []*forward) {
 	return fs
 }
 
-const stateVersion = "1.0"
-
 // starting reports whether a service that was started within the last second is being
 // waited for.
 func (s *state) starting(now time.Time) bool {
@@ -814,6 +812,8 @@ func (s *state) starting(now time.Time) bool {
 	}
 	return false
 }
+
+const stateVersion = "1.0"
 
 // snapshot is the state shown to clients. It is immutable once posted. Times are
 // UTC.
