@@ -38,8 +38,11 @@ func visitPort(port int) (v visit) {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(2 * patience)) // rdhpf itself may stand still
-	fmt.Fprint(c, "GET / HTTP/1.0\r\n\r\n")     // a reset is told by the read too
+	_, asked := fmt.Fprint(c, "GET / HTTP/1.0\r\n\r\n")
 	got, err := io.ReadAll(c)
+	if err == nil && len(got) == 0 {
+		err = asked // a reset is told once: by the write if it came before that
+	}
 	v.got, v.err = string(got), err
 	return v
 }
