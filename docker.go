@@ -288,6 +288,17 @@ func (e *engine) listAt(path string, query url.Values) ([]container, error) {
 	return list, nil
 }
 
+// services returns the Swarm services that publish ports through the routing mesh, as if they
+// were containers. Only a manager answers: others reject the request.
+func (e *engine) services() ([]container, error) {
+	var list []container
+	err := e.read("/services", nil, "the list of services", maxList, func(r io.Reader) (err error) {
+		list, err = decodeArray(r, (*rawService).container)
+		return err
+	})
+	return list, err
+}
+
 // onHostNet asks whether a container is on the remote host's network.
 func (e *engine) onHostNet(id string) (bool, error) {
 	var raw struct{ HostConfig struct{ NetworkMode string } }
@@ -340,13 +351,13 @@ func (e *engine) ping(timeout time.Duration) error {
 // event reports that the container list has changed, or that a service may have.
 type event struct {
 	action string // start, die, pause, unpause, rename, health_status, connect, …
-	id     string // of the container, 12 characters
+	id     string // of the container, 12 characters; "" if it concerns a Swarm
 }
 
 // events calls subscribed, then handle for each event, until the connection
 // ends; it always returns an error.
 func (e *engine) events(subscribed func(), handle func(event)) error {
-	resp, err := e.get("/events", url.Values{"filters": {`{"type":["container","network"]}`}}, listTimeout)
+	resp, err := e.get("/events", url.Values{"filters": {`{"type":["container","network","service","node"]}`}}, listTimeout)
 	if err != nil {
 		return err
 	}
@@ -393,6 +404,8 @@ func decodeEvent(line []byte) (event, bool) {
 		}
 		id, ok := shortID(cmp.Or(raw.Actor.Attributes.Container, raw.ID))
 		return event{raw.Action, id}, ok
+	case "service", "node":
+		return event{action: raw.Type}, true
 	default:
 		return event{}, false
 	}
@@ -414,9 +427,12 @@ func decodeEvent(line []byte) (event, bool) {
 	return event{raw.Action, id}, ok
 }
 
-// decodeList decodes the response to /containers/json one container at a time, so
-// that a long list takes no more memory than what is kept of it.
-func decodeList(r io.Reader) (list []container, err error) {
+// decodeList decodes the response to /containers/json.
+func decodeList(r io.Reader) ([]container, error) { return decodeArray(r, (*rawContainer).container) }
+
+// decodeArray decodes a list one element at a time, so that a long one takes no more memory
+// than what is kept of it.
+func decodeArray[Raw any](r io.Reader, convert func(*Raw) (container, bool)) (list []container, err error) {
 	part := &io.LimitedReader{R: r, N: maxOne}
 	defer func() {
 		if err != nil && part.N == 0 {
@@ -431,14 +447,14 @@ func decodeList(r io.Reader) (list []container, err error) {
 	}
 	list = []container{}
 	for published := 0; dec.More(); part.N = maxOne {
-		var raw rawContainer
+		var raw Raw
 		if err := dec.Decode(&raw); err != nil {
 			return nil, unexpectedEOF(err)
 		}
 		if len(list) == maxContainer {
 			return nil, fmt.Errorf("it has more than %d containers", maxContainer)
 		}
-		if c, ok := raw.container(); ok {
+		if c, ok := convert(&raw); ok {
 			list = append(list, c)
 			if published += len(c.ports); published > maxPublished {
 				return nil, fmt.Errorf("it has more than %d published ports", maxPublished)
@@ -491,8 +507,9 @@ func (raw *rawContainer) container() (container, bool) {
 		return container{}, false
 	}
 	c := container{id: id, name: id, image: printable(raw.Image, maxText),
-		service: printable(cmp.Or(raw.Labels["com.docker.compose.service"], raw.Labels["io.podman.compose.service"]), maxText),
-		paused:  raw.State == "paused", hostNet: raw.HostConfig.NetworkMode == "host",
+		service: printable(cmp.Or(raw.Labels["com.docker.compose.service"], raw.Labels["io.podman.compose.service"],
+			raw.Labels["com.docker.swarm.service.name"]), maxText),
+		paused: raw.State == "paused", hostNet: raw.HostConfig.NetworkMode == "host",
 		noProbe: raw.Labels["rdhpf.probe"] == "false"}
 	for _, name := range slices.Sorted(maps.Keys(raw.NetworkSettings.Networks)) {
 		n := raw.NetworkSettings.Networks[name]
@@ -526,6 +543,41 @@ func (raw *rawContainer) container() (container, bool) {
 		}
 	}
 	return c, true
+}
+
+type rawService struct {
+	ID   string
+	Spec struct {
+		Name         string
+		Labels       map[string]string
+		TaskTemplate struct{ ContainerSpec struct{ Image string } }
+	}
+	Endpoint struct {
+		Ports []struct {
+			Protocol                  string
+			TargetPort, PublishedPort int64
+			PublishMode               string
+		}
+	}
+}
+
+// container returns what the service publishes on every node. It reports false if that is
+// nothing.
+func (raw *rawService) container() (container, bool) {
+	c := container{name: printable(raw.Spec.Name, maxText), image: printable(raw.Spec.TaskTemplate.ContainerSpec.Image, maxText),
+		ingress: true}
+	if len(raw.ID) < 12 || badChar(raw.ID, "") != "" {
+		return c, false
+	}
+	c.id = raw.ID[:12]
+	c.name = cmp.Or(c.name, c.id)
+	for _, p := range raw.Endpoint.Ports {
+		if p.PublishMode != "host" && 0 < p.PublishedPort && p.PublishedPort <= 65535 && 0 <= p.TargetPort && p.TargetPort <= 65535 {
+			c.ports = append(c.ports, port{ip: netip.IPv4Unspecified(), private: uint16(p.TargetPort), public: uint16(p.PublishedPort),
+				proto: printable(strings.ToLower(p.Protocol), 8)})
+		}
+	}
+	return c, len(c.ports) > 0
 }
 
 // shortID returns the first 12 characters of a container id and whether they are

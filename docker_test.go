@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -39,6 +40,9 @@ func listText(list []container) string {
 		}
 		if c.noProbe {
 			t += " unprobed"
+		}
+		if c.ingress {
+			t += " ingress"
 		}
 		for _, n := range c.nets {
 			t += fmt.Sprintf(" net=%s,%s,%s", n.endpoint, addrText(n.addr), addrText(n.gateway))
@@ -170,6 +174,36 @@ func TestDecodeListRefuses(t *testing.T) {
 			list, err := decodeList(strings.NewReader(c.in))
 			if err == nil || list != nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%d containers, error %v, want one with %q", len(list), err, c.want)
+			}
+		})
+	}
+}
+
+func TestDecodeServices(t *testing.T) {
+	const id = "okwjt6ohf335m1riybx3ewyx9"
+	one := func(name, ports string) string {
+		return `[{"ID":"` + id + `","Spec":{"Name":"` + name + `","TaskTemplate":{"ContainerSpec":{"Image":"nginx:1.27"}}},"Endpoint":{"Ports":[` + ports + `]}}]`
+	}
+	const ingress = `{"Protocol":"tcp","TargetPort":80,"PublishedPort":8080,"PublishMode":"ingress"}`
+	const web = "okwjt6ohf335 web image=nginx:1.27 service= ingress 0.0.0.0:8080->80/tcp"
+	for _, c := range []struct{ name, in, want string }{
+		{"none", `[]`, ""},
+		{"one", one("web", ingress), web},
+		{"host mode beside it", one("web", ingress+`,{"Protocol":"tcp","TargetPort":80,"PublishedPort":9090,"PublishMode":"host"}`), web},
+		{"host mode only", one("web", `{"Protocol":"tcp","TargetPort":80,"PublishedPort":9090,"PublishMode":"host"}`), ""},
+		{"no ports", one("web", ""), ""},
+		{"no published port", one("web", `{"Protocol":"tcp","TargetPort":80}`), ""},
+		{"ports that are none", one("web", ingress+`,{"PublishedPort":65536},{"PublishedPort":-1},{"PublishedPort":1,"TargetPort":-1}`), web},
+		{"UDP", one("web", `{"Protocol":"UDP","TargetPort":53,"PublishedPort":53,"PublishMode":"ingress"}`),
+			"okwjt6ohf335 web image=nginx:1.27 service= ingress 0.0.0.0:53->53/udp"},
+		{"a hostile name", one(`\u001b[31m`, ingress), strings.Replace(web, "web", "[31m", 1)},
+		{"no name", one("", ingress), strings.Replace(web, "web", "okwjt6ohf335", 1)},
+		{"bad ids", `[null,{},{"ID":"short","Endpoint":{"Ports":[` + ingress + `]}},{"ID":"\u001b[31mmmmmmmmm","Endpoint":{"Ports":[` + ingress + `]}}]`, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			list, err := decodeArray(strings.NewReader(c.in), (*rawService).container)
+			if got := listText(list); err != nil || got != c.want {
+				t.Errorf("\n got %q, %v\nwant %q", got, err, c.want)
 			}
 		})
 	}
@@ -350,10 +384,14 @@ func FuzzDecodeList(f *testing.F) {
 func FuzzDecodeEvent(f *testing.F) {
 	f.Add([]byte(`{"status":"start","id":"` + idLong + `","Type":"container","Action":"die","Actor":{"ID":"` + idLong + `"}}`))
 	f.Add([]byte(`{"status":"died","id":"x"}`))
+	f.Add([]byte(`{"Type":"service","Action":"create","Actor":{"ID":"okwjt6ohf335m1riybx3ewyx9"}}`))
 	f.Add([]byte(`{"Type":"network","Action":"connect","Actor":{"ID":"n","Attributes":{"container":"` + idLong + `"}}}`))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		ev, ok := decodeEvent(in)
 		if !ok {
+			return
+		}
+		if ev.id == "" && (ev.action == "service" || ev.action == "node") {
 			return
 		}
 		if id, valid := shortID(ev.id); !valid || id != ev.id || ev.action == "" {
@@ -484,6 +522,43 @@ func TestEngineCommand(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Engines have a minimum API version, 1.44 from Docker 29 on, and reject requests for an older one. No
+// request asks for any.
+func TestEngineMinimumVersion(t *testing.T) {
+	versioned := regexp.MustCompile(`^/v[0-9.]+/`)
+	answers := map[string]string{"/_ping": "OK", "/containers/json": `[{"Id":"` + idLong + `"}]`, "/services": "[]",
+		"/events": `{"Type":"container","Action":"start","Actor":{"ID":"` + idLong + `"}}` + "\n"}
+	e := engineWith(t, func(r *bufio.Reader, w io.WriteCloser) string {
+		for range answers {
+			req, err := http.ReadRequest(r)
+			if err != nil {
+				t.Error(err)
+				return ""
+			}
+			status, body := "200 OK", answers[req.URL.Path]
+			if versioned.MatchString(req.URL.Path) {
+				status, body = "400 Bad Request", `{"message":"client version 1.41 is too old. Minimum supported API version is 1.44"}`
+			}
+			fmt.Fprintf(w, "HTTP/1.1 %s\r\nServer: Docker/29.0.0 (linux)\r\nApi-Version: 1.52\r\nContent-Length: %d\r\n\r\n%s", status, len(body), body)
+		}
+		return ""
+	})
+	if err := e.ping(patience); err != nil {
+		t.Error(err)
+	}
+	if list, err := e.list(); err != nil || len(list) != 1 {
+		t.Errorf("%d containers, %v", len(list), err)
+	}
+	if list, err := e.services(); err != nil || len(list) != 0 {
+		t.Errorf("%d services, %v", len(list), err)
+	}
+	happened := 0
+	e.events(func() {}, func(event) { happened++ })
+	if happened != 1 {
+		t.Errorf("%d events", happened)
 	}
 }
 
@@ -647,7 +722,7 @@ func TestEnginePodman(t *testing.T) {
 func TestEngineAnswers(t *testing.T) {
 	const (
 		list   = "/containers/json"
-		events = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%5D%7D"
+		events = "/events?filters=%7B%22type%22%3A%5B%22container%22%2C%22network%22%2C%22service%22%2C%22node%22%5D%7D"
 		ok     = "HTTP/1.1 200 OK\r\nServer: Docker/20.10.24 (linux)\r\n"
 	)
 	chunked := func(parts ...string) string {

@@ -43,6 +43,10 @@ type link struct {
 	pings  chan chan error // requests a round trip
 	first  bool            // no link worked before: an engine that does not answer ends it
 
+	ownJump bool // makes its own connection to a jump host
+
+	noSwarm atomic.Bool // the engine is no Swarm manager, as far as is known
+
 	// Owned by the loop.
 	master    *master       // nil until it is ready
 	rtt       time.Duration // estimated from lists; 0 before the first
@@ -83,7 +87,7 @@ func (l *link) wantList() {
 // run makes the connection and keeps it until it fails or the link's context ends.
 // It returns the cause once everything it started has ended.
 func (l *link) run() error {
-	m, err := l.r.ssh.startMaster(l.ctx, l.r.host, l.r.paths.control, func(line string) { l.r.log.Debug("ssh: " + line) })
+	m, err := l.r.ssh.startMaster(l.ctx, l.r.host, l.r.paths.control, l.ownJump, func(line string) { l.r.log.Debug("ssh: " + line) })
 	if err != nil {
 		return err
 	}
@@ -154,6 +158,15 @@ func (l *link) keepListing(ctx context.Context, m *master, listed chan struct{})
 		for {
 			began := time.Now()
 			list, err := e.list()
+			if err == nil && !e.isPodman() && !l.noSwarm.Swap(true) {
+				var services []container
+				if services, err = e.services(); err == nil {
+					l.noSwarm.Store(false)
+				} else if errors.As(err, new(rejection)) {
+					err = nil
+				}
+				list = append(list, services...)
+			}
 			if err != nil {
 				return err
 			}
@@ -213,6 +226,9 @@ func (l *link) keepFollowing(ctx context.Context, m *master, listed <-chan struc
 			l.tell(func(now time.Time) { l.r.following(now, l) })
 		}
 		return e.events(subscribed, func(ev event) {
+			if ev.id == "" {
+				l.noSwarm.Store(false)
+			}
 			l.tell(func(now time.Time) { l.r.happened(now, l, ev) })
 		})
 	})

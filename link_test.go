@@ -53,7 +53,7 @@ func sshMaster(t *testing.T, sshd *testSSHD) *master {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	m, err := (sshProgram{path: script}).startMaster(ctx, host{name: "127.0.0.1"}, filepath.Join(dir, "c"), func(string) {})
+	m, err := (sshProgram{path: script}).startMaster(ctx, host{name: "127.0.0.1"}, filepath.Join(dir, "c"), false, func(string) {})
 	if err != nil {
 		if os.Geteuid() != 0 && strings.Contains(err.Error(), "Permission denied (") {
 			t.Skipf("an sshd of this user's own does not let it in: %v", err)

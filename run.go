@@ -263,7 +263,8 @@ func (r *runner) step(now time.Time) (wake time.Time) {
 
 // connect starts a connection attempt.
 func (r *runner) connect() {
-	l := &link{r: r, relist: make(chan struct{}, 1), pings: make(chan chan error), first: !r.proven && !r.retry}
+	l := &link{r: r, relist: make(chan struct{}, 1), pings: make(chan chan error), first: !r.proven && !r.retry,
+		ownJump: r.failures > 0 && r.failures%2 == 0} // every other attempt, after one as ssh_config has it
 	l.ctx, l.cancel = context.WithCancel(r.ctx)
 	if r.link, r.retryAt = l, (time.Time{}); !r.everUp && r.lastErr == nil {
 		l.saySoAt = time.Now().Add(sayAfter)

@@ -39,6 +39,7 @@ type sshProgram struct {
 	// What ssh_config has for the host.
 	timeout time.Duration // for a connection; 0: none
 	jump    string        // the last jump host; "": none
+	before  string        // the jump hosts before it, separated by commas
 }
 
 // findSSH finds ssh on PATH and determines its version.
@@ -68,17 +69,36 @@ func (prog *sshProgram) readConfig(h host) {
 			seconds, _ := strconv.ParseUint(strings.TrimSpace(value), 10, 16) // or "none"
 			prog.timeout = time.Duration(seconds) * time.Second
 		} else if value, ok := strings.CutPrefix(line, "proxyjump "); ok {
-			jumps := strings.Split(strings.TrimSpace(value), ",")
-			prog.jump = jumps[len(jumps)-1]
+			prog.jumpBy(strings.TrimSpace(value))
 		}
 	}
+}
+
+// jumpBy takes the value of ProxyJump.
+func (prog *sshProgram) jumpBy(value string) {
+	i := strings.LastIndexByte(value, ',')
+	prog.before, prog.jump = value[:max(i, 0)], strings.TrimPrefix(value[i+1:], "ssh://")
+}
+
+// ownJump returns options with which the connection to the jump host is a new one, rather
+// than one that ssh_config has ssh keep and that may be dead: the master's own options do
+// not reach it. It returns none if there is no jump host.
+func (prog sshProgram) ownJump() []string {
+	if prog.jump == "" || badChar(prog.jump+prog.before, ".-_@:/[],") != "" {
+		return nil
+	}
+	command := []string{quoted(strings.ReplaceAll(prog.path, "%", "%%"), `'\''`), "-o", "ControlPath=none", "-o", "BatchMode=yes"}
+	if prog.before != "" {
+		command = append(command, "-J", prog.before)
+	}
+	return []string{"-o", "ProxyCommand=" + strings.Join(append(command, "-W", "'[%h]:%p'", "ssh://"+prog.jump), " ")}
 }
 
 // args returns the master's arguments. The user's ssh_config applies, host key
 // checking included, except for options that would keep ssh from being a foreground
 // master that listens only for us. A link is given up after 9 s of silence: by then
 // TCP's retries are too far apart to recover soon after the link does.
-func (prog sshProgram) args(h host, control string) []string {
+func (prog sshProgram) args(h host, control string, ownJump bool) []string {
 	options := []string{
 		"ControlMaster=yes", "ControlPersist=no", "BatchMode=yes", "ClearAllForwardings=yes",
 		"ExitOnForwardFailure=no", "GatewayPorts=no", "RemoteCommand=none", "RequestTTY=no", "Tunnel=no",
@@ -93,6 +113,9 @@ func (prog sshProgram) args(h host, control string) []string {
 	args := []string{"-M", "-N", "-T", "-S", strings.ReplaceAll(control, "%", "%%")}
 	for _, o := range options {
 		args = append(args, "-o", o)
+	}
+	if ownJump {
+		args = append(args, prog.ownJump()...)
 	}
 	return append(args, h.sshArgs()...)
 }
@@ -135,9 +158,10 @@ type connectError struct {
 func (ce *connectError) Error() string { return ce.said }
 
 // startMaster starts a master and waits until it answers on its control socket
-// with a pid of its process group. The caller must hold the instance lock, so anything at the
+// with a pid of its process group. With ownJump it makes a connection of its own to the
+// jump host. The caller must hold the instance lock, so anything at the
 // control path belongs to no live instance.
-func (prog sshProgram) startMaster(ctx context.Context, h host, control string, debug func(string)) (*master, error) {
+func (prog sshProgram) startMaster(ctx context.Context, h host, control string, ownJump bool, debug func(string)) (*master, error) {
 	if err := sweepControl(control); err != nil {
 		return nil, err
 	}
@@ -145,7 +169,7 @@ func (prog sshProgram) startMaster(ctx context.Context, h host, control string, 
 	if err != nil {
 		return nil, fmt.Errorf("starting ssh: %w", err)
 	}
-	m := &master{host: h, jump: prog.jump, control: control, cmd: exec.Command(prog.path, prog.args(h, control)...), done: make(chan struct{}),
+	m := &master{host: h, jump: prog.jump, control: control, cmd: exec.Command(prog.path, prog.args(h, control, ownJump)...), done: make(chan struct{}),
 		dials: make(chan struct{}, maxDials), routed: make(chan struct{}), opening: make(chan struct{}, 1), freed: make(chan struct{}, 1)}
 	m.cmd.Stderr = w
 	err = startChild(m.cmd)
@@ -305,7 +329,7 @@ func (m *master) exitError() error {
 	defer m.mu.Unlock()
 	if e := explain(m.said, m.host); e != nil {
 		if m.jump != "" && strings.Contains(e.said, "timed out") { // the options of ours do not reach the jump host
-			e.said += "; if ssh keeps a connection to the jump host that is dead, end it: ssh -O exit ssh://" + strings.TrimPrefix(m.jump, "ssh://")
+			e.said += "; if ssh keeps a connection to the jump host that is dead, end it: ssh -O exit ssh://" + m.jump
 		}
 		return e
 	}

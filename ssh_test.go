@@ -74,3 +74,20 @@ func TestExplain(t *testing.T) {
 		})
 	}
 }
+
+func TestOwnJump(t *testing.T) {
+	for _, c := range []struct{ jump, want string }{
+		{"", ""},
+		{"none", "ProxyCommand=/usr/bin/ssh -o ControlPath=none -o BatchMode=yes -W '[%h]:%p' ssh://none"},
+		{"me@hop:2222", "ProxyCommand=/usr/bin/ssh -o ControlPath=none -o BatchMode=yes -W '[%h]:%p' ssh://me@hop:2222"},
+		{"a,ssh://b,ssh://[fe80::1]:22", "ProxyCommand=/usr/bin/ssh -o ControlPath=none -o BatchMode=yes -J a,ssh://b -W '[%h]:%p' ssh://[fe80::1]:22"},
+		{"$(reboot)", ""},
+		{"$(reboot),b", ""},
+	} {
+		prog := sshProgram{path: "/usr/bin/ssh"}
+		prog.jumpBy(c.jump)
+		if got := strings.Join(prog.ownJump(), " "); got != strings.TrimSpace("-o "+c.want) && (got != "" || c.want != "") {
+			t.Errorf("%q: %q, want %q", c.jump, got, c.want)
+		}
+	}
+}

@@ -57,6 +57,7 @@ type container struct {
 	service string // docker compose service, or ""
 	paused  bool
 	hostNet bool
+	ingress bool // a Swarm service that publishes its ports through the routing mesh
 	noProbe bool // set by its label
 	ports   []port
 	nets    []network // sorted by name
@@ -147,6 +148,8 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 			switch {
 			case p.proto != "tcp":
 				reason = "SSH carries TCP only"
+			case c.ingress:
+				reason = "published by Swarm's routing mesh"
 			case !p.ip.IsValid():
 				reason = "published on an invalid address"
 			case reason == "" && p.ip == netip.IPv6Unspecified() && inet4[local]:

@@ -1896,6 +1896,8 @@ func TestDesired(t *testing.T) {
 		{name: "UDP and TCP of one number", list: []container{with(idA, p("0.0.0.0", 53, "udp"), p("0.0.0.0", 53, "tcp"))},
 			wants: "53 na", skipped: "na 53/udp " + tooLittle},
 		{name: "no address", list: []container{with(idA, p("junk", 80, "tcp"))}, skipped: "na 80/tcp published on an invalid address"},
+		{name: "Swarm's routing mesh", list: []container{{id: idA, name: "na", ingress: true, ports: []port{p("0.0.0.0", 80, "tcp"), p("0.0.0.0", 53, "udp")}}},
+			skipped: "na 53/udp " + tooLittle + "; na 80/tcp published by Swarm's routing mesh"},
 		{name: "host network", list: []container{{id: idA, name: "na", hostNet: true}}, skipped: "na 0/tcp host network: the container publishes no ports"},
 		{name: "one local port, two addresses", list: []container{with(idA, p("10.0.0.2", 80, "tcp")), with(idB, p("10.0.0.3", 80, "tcp"))},
 			wants: "80>10.0.0.2:80 na; 80>10.0.0.3:80 nb"},

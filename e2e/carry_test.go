@@ -338,6 +338,20 @@ func TestE2EBothLoopbacks(t *testing.T) {
 			t.Errorf("::1 answers %q, and is not in -bind", got)
 		}
 	})
+	t.Run("-bind :: beside somebody on IPv4", func(t *testing.T) {
+		port := freePorts(t, 1)
+		l, err := net.Listen("tcp4", net.JoinHostPort("0.0.0.0", strconv.Itoa(port)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		b := g.boot(t, port)
+		p := startRun(t, g, "", "-bind", "::")
+		p.becomes(port, active, "")
+		if got, err := getFrom("::1", port); err != nil || got != b.greeting {
+			t.Errorf("::1 answers %q, %v", got, err)
+		}
+	})
 }
 
 // A connection of this machine to somewhere has the wanted port as its source.
