@@ -1,10 +1,11 @@
 package main
 
 // Asking a running instance over its socket, once or as a subscriber; and the commands that ask it once: health, pause,
-// resume, reload and stop.
+// resume, reload, stop, port and completion.
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -238,15 +241,17 @@ func (t target) one(ctx context.Context, waits bool) (paths, error) {
 	return paths{}, &errNotRunning{noInstance}
 }
 
+const hostOfOne = "`HOST` the instance's host (default: docker's, else the only one)"
+
 // tellCommand is health, pause, resume, reload or stop.
-func tellCommand(method string, args []string) error {
-	f := flag.NewFlagSet(method, flag.ContinueOnError)
-	hostFlag := f.String("host", "", "remote Docker `host` (default: the one docker uses, else that of the only running instance)")
+func tellCommand(f *flag.FlagSet) func(args, after []string) error {
+	hostFlag := f.String("host", "", hostOfOne)
 	asJSON := f.Bool("json", false, "print the answer as JSON")
-	if err := parseFlags(f, args); err != nil {
-		return err
-	}
-	t, err := findTarget(*hostFlag)
+	return func([]string, []string) error { return tell(f.Name(), *hostFlag, *asJSON) }
+}
+
+func tell(method, hostFlag string, asJSON bool) error {
+	t, err := findTarget(hostFlag)
 	if err != nil {
 		return err
 	}
@@ -261,7 +266,7 @@ func tellCommand(method string, args []string) error {
 		}
 	}
 	switch {
-	case *asJSON:
+	case asJSON:
 		fmt.Println(string(answer))
 	case method == "health":
 		printHealth(os.Stdout, &h, time.Now())
@@ -344,4 +349,319 @@ func awaitEnd(lock string, pid int) error {
 		}
 	}
 	return fmt.Errorf("rdhpf (pid %d) is still running after %v: kill it", pid, endTimeout)
+}
+
+// portCommand prints where ports of a container or compose service are on this machine.
+func portCommand(f *flag.FlagSet) func(args, after []string) error {
+	hostFlag := f.String("host", "", hostOfOne)
+	return func(args, after []string) error {
+		args = append(args, after...)
+		switch {
+		case len(args) == 0 || args[0] == "":
+			return usageError{errors.New("no container given: rdhpf port NAME [PORT]; see rdhpf status -wide for names")}
+		case len(args) > 2:
+			return usageError{unexpected("port", args[2])}
+		}
+		private, proto := uint16(0), ""
+		if len(args) == 2 {
+			var err error
+			number, kind, _ := strings.Cut(args[1], "/")
+			if private, err = parsePort(number); err != nil {
+				return usageError{err}
+			}
+			proto = cmp.Or(kind, "tcp")
+		}
+		t, err := findTarget(*hostFlag)
+		if err != nil {
+			return err
+		}
+		snap, err := t.snapshot()
+		if err != nil {
+			return err
+		}
+		lines, err := localPorts(snap, args[0], private, proto)
+		fmt.Print(strings.Join(lines, ""))
+		return err
+	}
+}
+
+// snapshot returns the state of the one instance meant.
+func (t target) snapshot() (*snapshot, error) {
+	p, err := t.one(context.Background(), false)
+	if err != nil {
+		return nil, err
+	}
+	r, err := inspect(context.Background(), p, nil)
+	switch {
+	case err != nil:
+		return nil, err
+	case r == nil && t.host == nil:
+		return nil, &errNotRunning{noInstance}
+	case r == nil || !r.Running:
+		return nil, notFound(cmp.Or(t.host, &host{}).String())
+	case r.Stale:
+		return nil, errors.New(strings.Join(r.warnings, " "))
+	}
+	return r.snapshot, nil
+}
+
+// localPorts returns the local addresses of the ports of a container or compose service, or
+// of one of them, as lines. The name may also be the beginning of an id. A port in conflict
+// is an error, since what answers there is something else.
+func localPorts(snap *snapshot, name string, private uint16, proto string) (lines []string, err error) {
+	var names []string
+	is := func(by func(f *forwardInfo) bool) (found []*forwardInfo) {
+		for i := range snap.Forwards {
+			if f := &snap.Forwards[i]; by(f) {
+				found = append(found, f)
+			}
+		}
+		return found
+	}
+	found := is(func(f *forwardInfo) bool {
+		names = append(names, f.ContainerName, f.Service)
+		return f.ContainerName == name
+	})
+	if len(found) == 0 {
+		found = is(func(f *forwardInfo) bool { return f.Service == name })
+	}
+	if len(found) == 0 && len(name) >= 4 {
+		found = is(func(f *forwardInfo) bool {
+			return strings.HasPrefix(f.ContainerID, name) || strings.HasPrefix(name, f.ContainerID)
+		})
+	}
+	for _, s := range snap.Skipped {
+		names = append(names, s.Name)
+		if s.Name == name && len(found) == 0 || s.Name == name && s.Port == private && s.Protocol == proto {
+			return nil, fmt.Errorf("%s is not forwarded: %s", skippedName(s), s.Reason)
+		}
+	}
+	if len(found) == 0 {
+		names = slices.DeleteFunc(names, func(s string) bool { return s == "" })
+		slices.Sort(names)
+		return nil, fmt.Errorf("no container or service %q publishes a port: %s", name,
+			didYouMean(name, slices.Compact(names), "see rdhpf status -wide"))
+	}
+	var wrong error
+	for _, f := range found {
+		switch {
+		case private != 0 && (f.ContainerPort != private || proto != "tcp"):
+		case f.Status == conflict:
+			wrong = errors.Join(wrong, fmt.Errorf("port %d of %s: %s", f.ContainerPort, f.ContainerName, whyNot(f)))
+		case private != 0:
+			lines = append(lines, f.local()+"\n")
+		default:
+			lines = append(lines, fmt.Sprintf("%d/tcp -> %s\n", f.ContainerPort, f.local()))
+		}
+	}
+	if len(lines) == 0 && wrong == nil {
+		var has []string
+		for _, f := range found {
+			has = append(has, strconv.Itoa(int(f.ContainerPort)))
+		}
+		return nil, fmt.Errorf("%s does not publish port %d/%s: it publishes %s", name, private, proto, strings.Join(has, ", "))
+	}
+	return lines, wrong
+}
+
+// completeCommand is hidden: the scripts of rdhpf completion call it.
+const completeCommand = "__complete"
+
+// complete prints what may stand in place of the last of the words after rdhpf, with what it
+// is after a tab.
+func complete(w io.Writer, words []string) error {
+	for _, c := range completions(words) {
+		if text, _, _ := strings.Cut(c, "\t"); strings.HasPrefix(text, words[len(words)-1]) {
+			if _, err := fmt.Fprintln(w, c); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func completions(words []string) (all []string) {
+	last := len(words) - 1
+	if last < 0 || slices.Contains(words[:last], "--") { // what follows is another program's
+		return nil
+	}
+	if last == 0 || last == 1 && words[0] == "help" {
+		for _, c := range commands() {
+			all = append(all, c.name+"\t"+c.does)
+		}
+		return all
+	}
+	c, ok := findCommand(words[0])
+	if !ok {
+		return nil
+	}
+	f := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	c.setup(f)
+	var args []string
+	hostFlag, flagOf := "", func(word string) *flag.Flag { return f.Lookup(strings.TrimLeft(word, "-")) }
+	takesValue := func(fl *flag.Flag) bool {
+		value, _ := describe(fl)
+		return value != ""
+	}
+	for i := 1; i < last; i++ {
+		fl := flagOf(words[i])
+		switch {
+		case !strings.HasPrefix(words[i], "-"):
+			args = append(args, words[i])
+		case fl == nil || !takesValue(fl):
+		case i+1 == last:
+			return valuesOf(fl.Name)
+		default:
+			if i++; fl.Name == "host" {
+				hostFlag = words[i]
+			}
+		}
+	}
+	if strings.HasPrefix(words[last], "-") {
+		f.VisitAll(func(fl *flag.Flag) {
+			_, about := describe(fl)
+			all = append(all, "-"+fl.Name+"\t"+about)
+		})
+		return all
+	}
+	switch {
+	case c.name == "run" && len(args) == 0:
+		return valuesOf("host")
+	case c.name == "completion" && len(args) == 0:
+		return strings.Split(c.args, "|")
+	case c.name == "port" || c.name == "status":
+		t, err := findTarget(hostFlag)
+		if err != nil {
+			return nil
+		}
+		if snap, err := t.snapshot(); err == nil {
+			return completePorts(snap, c.name, args)
+		}
+	}
+	return all
+}
+
+// completePorts returns the names for port and then the ports of the one named, or the local
+// ports for status.
+func completePorts(snap *snapshot, command string, args []string) (all []string) {
+	for i := range snap.Forwards {
+		switch f := &snap.Forwards[i]; {
+		case command == "status":
+			all = append(all, fmt.Sprintf("%d\t%s", f.LocalPort, f.ContainerName))
+		case len(args) == 0:
+			all = append(all, f.ContainerName+"\t"+f.Image)
+			if f.Service != "" {
+				all = append(all, f.Service+"\tservice")
+			}
+		case len(args) == 1 && (args[0] == f.ContainerName || args[0] == f.Service):
+			all = append(all, fmt.Sprintf("%d\t%s", f.ContainerPort, f.local()))
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// valuesOf returns what may be the value of a flag.
+func valuesOf(name string) []string {
+	switch name {
+	case "host":
+		home, _ := os.UserHomeDir()
+		hosts := sshHosts(filepath.Join(home, ".ssh", "config"), filepath.Join(home, ".ssh"), 0)
+		if dir, err := stateDir(os.Getenv, home); err == nil {
+			all, _ := instances(dir)
+			for _, p := range all {
+				if snap, _, err := readState(p.state); err == nil {
+					hosts = append(hosts, snap.Host)
+				}
+			}
+		}
+		slices.Sort(hosts)
+		return slices.Compact(hosts)
+	case "shell":
+		return []string{"sh", "bash", "zsh", "fish"}
+	case "log-level":
+		return []string{"debug", "info", "warn", "error"}
+	case "log-format":
+		return []string{"text", "json"}
+	case "wait":
+		return []string{"30s", "1m"}
+	}
+	return nil
+}
+
+// sshHosts returns the hosts that an ssh_config names, and those of the files it includes.
+func sshHosts(path, dir string, depth int) (hosts []string) {
+	body, err := os.ReadFile(path)
+	if err != nil || depth > 8 {
+		return nil
+	}
+	for line := range strings.Lines(string(body)) {
+		words := strings.Fields(strings.Replace(line, "=", " ", 1))
+		if len(words) < 2 {
+			continue
+		}
+		switch strings.ToLower(words[0]) {
+		case "host":
+			for _, word := range words[1:] {
+				if word = strings.Trim(word, `"`); !strings.ContainsAny(word, "*?!") && badChar(word, ".-_") == "" {
+					hosts = append(hosts, word)
+				}
+			}
+		case "include":
+			for _, pattern := range words[1:] {
+				pattern = strings.Trim(pattern, `"`)
+				if rest, ok := strings.CutPrefix(pattern, "~/"); ok {
+					pattern = filepath.Join(filepath.Dir(dir), rest)
+				} else if !filepath.IsAbs(pattern) {
+					pattern = filepath.Join(dir, pattern)
+				}
+				files, _ := filepath.Glob(pattern)
+				for _, file := range files {
+					hosts = append(hosts, sshHosts(file, dir, depth+1)...)
+				}
+			}
+		}
+	}
+	return hosts
+}
+
+// The scripts pass the words up to the cursor on to completeCommand.
+var completionScripts = map[string]string{
+	"bash": `_rdhpf() {
+	local line=${COMP_LINE:0:COMP_POINT} words cur head IFS=$' \t\n'
+	read -ra words <<<"$line"
+	[[ $line == *[[:space:]] ]] && words+=("")
+	cur=${words[${#words[@]}-1]}
+	IFS=$'\n'
+	COMPREPLY=($(rdhpf __complete "${words[@]:1}" 2>/dev/null | cut -f1))
+	head=${cur%"${cur##*[:=]}"} # bash replaces only what follows these
+	COMPREPLY=("${COMPREPLY[@]#"$head"}")
+}
+complete -o default -F _rdhpf rdhpf
+`,
+	"zsh": `#compdef rdhpf
+_rdhpf() {
+	local -a values shown
+	local line
+	for line in "${(@f)$(rdhpf __complete "${(@)words[2,CURRENT]}" 2>/dev/null)}"; do
+		[[ -n $line ]] || continue
+		values+=("${line%%$'\t'*}")
+		shown+=("${line/$'\t'/  -- }")
+	done
+	if (( $#values )); then compadd -l -d shown -a values; else _files; fi
+}
+if [[ $funcstack[1] == _rdhpf ]]; then _rdhpf "$@"; else compdef _rdhpf rdhpf; fi
+`,
+	"fish": `complete -c rdhpf -n 'not contains -- -- (commandline -opc)' -f -a '(rdhpf __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
+`,
+}
+
+func completionCommand(*flag.FlagSet) func(args, after []string) error {
+	return func(args, after []string) error {
+		if args = append(args, after...); len(args) != 1 || completionScripts[args[0]] == "" {
+			return usageError{errors.New("want one shell: rdhpf completion bash, zsh or fish")}
+		}
+		_, err := fmt.Print(completionScripts[args[0]])
+		return err
+	}
 }

@@ -7,7 +7,9 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -254,5 +256,185 @@ func TestPredecessor(t *testing.T) {
 		t.Errorf("its socket is gone: %v", err)
 	} else {
 		conn.Close()
+	}
+}
+
+func TestLocalPorts(t *testing.T) {
+	f := func(name, service, id string, private, local uint16, status string) forwardInfo {
+		reason := ""
+		if status != active {
+			reason = "why"
+		}
+		return forwardInfo{ContainerName: name, Service: service, ContainerID: id, ContainerPort: private, LocalPort: local, LocalAddress: "127.0.0.1",
+			Status: status, Reason: reason}
+	}
+	snap := &snapshot{
+		Forwards: []forwardInfo{f("web", "", "abc123def456", 80, 8080, active), f("web", "", "abc123def456", 443, 8443, pending),
+			f("shop-db-1", "db", "bbbbbbbbbbbb", 5432, 5432, active), f("shop-db-2", "db", "cccccccccccc", 5432, 5433, conflict),
+			f("db", "", "dddddddddddd", 1, 1001, active), f("old", "", "eeeeeeeeeeee", 2, 1002, conflict)},
+		Skipped: []skippedPort{{"abc123def456", "web", 53, "udp", "SSH carries TCP only"}, {"ffffffffffff", "host", 0, "tcp", "host network"}},
+	}
+	for _, c := range []struct {
+		name  string
+		port  uint16
+		proto string
+		lines string
+		err   string
+	}{
+		{"web", 80, "tcp", "127.0.0.1:8080\n", ""},
+		{"web", 443, "tcp", "127.0.0.1:8443\n", ""},
+		{"web", 0, "", "80/tcp -> 127.0.0.1:8080\n443/tcp -> 127.0.0.1:8443\n", ""},
+		{"abc1", 80, "tcp", "127.0.0.1:8080\n", ""},
+		{"abc123def456789", 80, "tcp", "127.0.0.1:8080\n", ""},
+		{"db", 0, "", "1/tcp -> 127.0.0.1:1001\n", ""}, // a container's name goes before a service's
+		{"shop-db-1", 5432, "tcp", "127.0.0.1:5432\n", ""},
+		{"shop-db-2", 5432, "tcp", "", "port 5432 of shop-db-2: 127.0.0.1:5433 is conflict (why)"},
+		{"web", 81, "tcp", "", "web does not publish port 81/tcp: it publishes 80, 443"},
+		{"web", 80, "udp", "", "web does not publish port 80/udp: it publishes 80, 443"},
+		{"web", 53, "udp", "", "53/udp of web (abc123def456) is not forwarded: SSH carries TCP only"},
+		{"host", 80, "tcp", "", "host (ffffffffffff) is not forwarded: host network"},
+		{"webb", 80, "tcp", "", `no container or service "webb" publishes a port: did you mean web?`},
+		{"\x1b[31m", 80, "tcp", "", `no container or service "\x1b[31m" publishes a port: see rdhpf status -wide`},
+	} {
+		lines, err := localPorts(snap, c.name, c.port, c.proto)
+		text := ""
+		if err != nil {
+			text = err.Error()
+		}
+		if got := strings.Join(lines, ""); got != c.lines || text != c.err {
+			t.Errorf("%s %d/%s: %q, %q", c.name, c.port, c.proto, got, text)
+		}
+	}
+	snap.Forwards = slices.DeleteFunc(snap.Forwards, func(f forwardInfo) bool { return f.ContainerName == "db" })
+	if lines, err := localPorts(snap, "db", 5432, "tcp"); len(lines) != 1 || err == nil {
+		t.Errorf("of a service, one of whose two containers is in conflict: %q, %v", lines, err)
+	}
+}
+
+func TestSSHHosts(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"config": "Host web db *.example\n  HostName x\nhost=third\nHOST \"quoted\" !not\nInclude more/* config\nMatch host other\nHost\nHost bad\x1b[31m $(reboot)\n",
+		"more/a": "Host inner\n",
+		"more/b": "Include ~/far\n",
+		"../far": "Host far\n",
+	} {
+		path := filepath.Join(dir, "home", ".ssh", name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ssh := filepath.Join(dir, "home", ".ssh")
+	hosts := sshHosts(filepath.Join(ssh, "config"), ssh, 0)
+	slices.Sort(hosts)
+	if got, want := strings.Join(slices.Compact(hosts), " "), "db far inner quoted third web"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+func TestCompletions(t *testing.T) {
+	home, dir := t.TempDir(), stateFolder(t)
+	if err := os.MkdirAll(filepath.Join(home, ".ssh"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(home, ".ssh", "config"), []byte("Host builder bastion\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	startInstance(t, dir, testHost)
+	for _, c := range []struct{ words, want string }{
+		{"sta", "status"},
+		{"st", "status stop"},
+		{"run -no", "-no-docker-socket -no-probe"},
+		{"run b", "bastion builder"},
+		{"run -host b", "bastion builder"},
+		{"run -host ssh://", testHost},
+		{"stop -host ", "bastion builder " + testHost},
+		{"run builder ", ""},
+		{"run builder -- st", ""},
+		{"run -log-level w", "warn"},
+		{"status -wait 3", "30s"},
+		{"status -wait 30s ", "8080"},
+		{"status -json -w", "-wait -watch -wide"},
+		{"port ", "web"},
+		{"port web ", "0"},
+		{"port nobody ", ""},
+		{"port -host " + testHost + " w", "web"},
+		{"port -host other w", ""},
+		{"completion ", "bash fish zsh"},
+		{"env -shell f", "fish"},
+		{"help st", "status stop"},
+		{"nonsense ", ""},
+		{"version ", ""},
+	} {
+		cmd := program(dir, append([]string{completeCommand}, strings.Split(c.words, " ")...)...)
+		cmd.Env = append(cmd.Env, "HOME="+home)
+		a := runProgram(t, cmd)
+		var got []string
+		for line := range strings.Lines(a.stdout) {
+			word, _, _ := strings.Cut(strings.TrimSpace(line), "\t")
+			got = append(got, word)
+		}
+		slices.Sort(got)
+		if strings.Join(got, " ") != c.want || a.stderr != "" || a.code != 0 {
+			t.Errorf("%q: %q, %q, %d; want %q", c.words, got, a.stderr, a.code, c.want)
+		}
+	}
+}
+
+// The scripts work in the shells themselves.
+func TestCompletionInShells(t *testing.T) {
+	needTool(t, "tmux")
+	dir, bin := stateFolder(t), t.TempDir()
+	script := "#!/bin/sh\nexec env RDHPF_TEST_MAIN=1 '" + testExe + "' \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(bin, "rdhpf"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	startInstance(t, dir, testHost)
+	for _, c := range []struct {
+		shell []string
+		load  string
+	}{
+		{[]string{"bash", "--norc", "--noprofile"}, `source <(rdhpf completion bash)`},
+		{[]string{"zsh", "-f"}, `autoload -U compinit; compinit -u -d ` + filepath.Join(bin, "dump") + `; source <(rdhpf completion zsh)`},
+		{[]string{"fish", "--no-config"}, `rdhpf completion fish | source`},
+	} {
+		t.Run(c.shell[0], func(t *testing.T) {
+			needTool(t, c.shell[0])
+			tmux := func(args ...string) string {
+				t.Helper()
+				out, err := exec.Command("tmux", append([]string{"-S", filepath.Join(bin, c.shell[0]), "-f", "/dev/null"}, args...)...).CombinedOutput()
+				if err != nil && args[0] != "kill-server" {
+					t.Fatalf("tmux %q: %v: %s", args, err, out)
+				}
+				return string(out)
+			}
+			env := append(cleanEnv(), "RDHPF_DIR="+dir, "PATH="+bin+":"+os.Getenv("PATH"), "HOME="+bin, "LC_ALL=C.UTF-8", "PS1=ready: ")
+			tmux(append([]string{"new-session", "-d", "-x", "80", "-y", "24", "env", "-i", "TERM=screen"}, append(env, c.shell...)...)...)
+			t.Cleanup(func() { tmux("kill-server") })
+			shows := func(want string) {
+				t.Helper()
+				eventually(t, "the screen shows "+want, func() error {
+					if got := tmux("capture-pane", "-p"); !strings.Contains(got, want) {
+						return fmt.Errorf("it shows %q", strings.TrimSpace(got))
+					}
+					return nil
+				})
+			}
+			tmux("send-keys", c.load+"; echo load''ed", "Enter")
+			shows("\nloaded")
+			for _, k := range []struct{ typed, becomes string }{
+				{"rdhpf hea", "rdhpf health"},
+				{"rdhpf run -no-p", "rdhpf run -no-probe"},
+				{"rdhpf port w", "rdhpf port web"},
+				{"rdhpf stop -host ssh", "rdhpf stop -host " + testHost},
+			} {
+				tmux("send-keys", k.typed, "Tab")
+				shows(k.becomes)
+				tmux("send-keys", "C-c")
+			}
+		})
 	}
 }

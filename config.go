@@ -138,7 +138,7 @@ func addMaps(to map[uint16]uint16) func(string) error {
 		for _, part := range strings.Split(s, ",") {
 			public, local, ok := strings.Cut(strings.TrimSpace(part), "=")
 			if !ok {
-				return fmt.Errorf("%q: want PUBLISHED=LOCAL, like 80=8080", part)
+				return errors.New("want PUBLISHED=LOCAL, such as 80=8080")
 			}
 			if err := addMap(to, public, local); err != nil {
 				return err

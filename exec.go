@@ -49,29 +49,29 @@ func toolEnv(snap *snapshot) []string {
 }
 
 // envCommand prints what a shell evaluates.
-func envCommand(args []string) error {
-	f := flag.NewFlagSet("env", flag.ContinueOnError)
-	hostFlag := f.String("host", "", "remote Docker `host` (default: the one docker uses, else that of the only running instance)")
-	shell := f.String("shell", "sh", "print for this `shell`: sh (also bash and zsh) or fish")
+func envCommand(f *flag.FlagSet) func(args, after []string) error {
+	hostFlag := f.String("host", "", hostOfOne)
+	shell := f.String("shell", "sh", "`SHELL` print for sh, bash, zsh or fish (default sh)")
 	asJSON := f.Bool("json", false, "print one JSON object")
 	unset := f.Bool("unset", false, "print what takes the variables back")
-	if err := parseFlags(f, args); err != nil {
-		return err
-	}
-	dialect, ok := map[string]string{"sh": "sh", "bash": "sh", "zsh": "sh", "fish": "fish"}[*shell]
+	return func([]string, []string) error { return printEnv(*hostFlag, *shell, *asJSON, *unset) }
+}
+
+func printEnv(hostFlag, shell string, asJSON, unset bool) error {
+	dialect, ok := map[string]string{"sh": "sh", "bash": "sh", "zsh": "sh", "fish": "fish"}[shell]
 	switch {
 	case !ok:
-		return usageError{fmt.Errorf("-shell %q: want sh, bash, zsh or fish", *shell)}
-	case *unset && *asJSON:
+		return usageError{fmt.Errorf("-shell %q: want sh, bash, zsh or fish", shell)}
+	case unset && asJSON:
 		return usageError{errors.New("-unset and -json exclude each other")}
-	case *unset && dialect == "fish":
+	case unset && dialect == "fish":
 		fmt.Printf("set -e %s\n", strings.Join(toolVars, " "))
 		return nil
-	case *unset:
+	case unset:
 		fmt.Printf("unset %s\n", strings.Join(toolVars, " "))
 		return nil
 	}
-	t, err := findTarget(*hostFlag)
+	t, err := findTarget(hostFlag)
 	if err != nil {
 		return err
 	}
@@ -80,7 +80,7 @@ func envCommand(args []string) error {
 		return err
 	}
 	values := toolEnv(snap)
-	if *asJSON {
+	if asJSON {
 		object := make(map[string]string)
 		for i, name := range toolVars {
 			object[name] = values[i]

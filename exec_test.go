@@ -108,7 +108,7 @@ func TestEnvCommand(t *testing.T) {
 			cmd := program(dir)
 			print := `; printenv DOCKER_HOST TESTCONTAINERS_HOST_OVERRIDE TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE; `
 			cmd.Path, cmd.Args = must(exec.LookPath(shell)), []string{shell, "-c", script + print + take + print + "true"}
-			cmd.Env = append(cmd.Env, "PROGRAM="+testExe)
+			cmd.Env = append(cmd.Env, "PROGRAM="+testExe, "HOME="+t.TempDir()) // fish writes there
 			got := runProgram(t, cmd)
 			if want := fmt.Sprintf("unix://%s\n127.0.0.1\n%s\n", socket, remote); got.stdout != want || got.code != 0 {
 				t.Errorf("it exports %q, want %q; %d, stderr %q", got.stdout, want, got.code, got.stderr)
@@ -169,7 +169,7 @@ func TestRunAround(t *testing.T) {
 	}
 	t.Run("status", func(t *testing.T) { // the command in it asks the same instance, and the instance goes on
 		cmd := around(dir, `exec "$PROGRAM" status`)
-		cmd.Env = append(cmd.Env, "PROGRAM="+testExe)
+		cmd.Env = append(cmd.Env, "PROGRAM="+testExe, "HOME="+t.TempDir()) // fish writes there
 		runProgram(t, cmd).is(t, 0, tableActive, "")
 		rdhpf(t, dir, "status", "-host", testHost).is(t, 0, tableActive, "")
 	})

@@ -3,14 +3,16 @@ Rdhpf forwards the ports that containers publish on a remote Docker host to loca
 
 Usage:
 
-	rdhpf run [-host HOST] [-map PUBLISHED=LOCAL,…] [-skip PORTS] [-only PORTS] [-no-probe PORTS]
+	rdhpf run [-map PUBLISHED=LOCAL,…] [-skip PORTS] [-only PORTS] [-no-probe PORTS]
 	          [-bind ADDRESSES] [-no-docker-socket] [-retry]
-	          [-quiet] [-log-level debug|info|warn|error] [-log-format text|json]
-	rdhpf run [-wait TIME] [other flags] -- COMMAND [ARGUMENT…]
-	rdhpf env [-host HOST] [-shell sh|fish] [-json] [-unset]
+	          [-quiet] [-log-level debug|info|warn|error] [-log-format text|json] [HOST]
+	rdhpf run [-wait TIME] [other flags] [HOST] -- COMMAND [ARGUMENT…]
 	rdhpf status [-host HOST] [-wide] [-json] [-watch]
 	rdhpf status [-host HOST] [-wide] [-json] -wait TIME [PORT…]
+	rdhpf port [-host HOST] NAME [PORT]
+	rdhpf env [-host HOST] [-shell sh|fish] [-json] [-unset]
 	rdhpf health | pause | resume | reload | stop [-host HOST] [-json]
+	rdhpf completion bash|zsh|fish
 	rdhpf version
 
 HOST is ssh://[user@]host[:port][/path/to/docker.sock], user@host, or an alias from
@@ -52,7 +54,8 @@ asks the running instance, or else reads its last state file, or else uses lsof 
 a listening rdhpf or ssh. With -wait it exits as soon as the instance has verified that
 the ports are active. Health exits with 0 only if the instance has verified that
 everything works. Pause closes all local ports but keeps the connection; resume
-reopens them.
+reopens them. Port prints the local address of a container's or compose service's port, as
+docker port does: curl $(rdhpf port web 80).
 
 Files are in ~/.rdhpf, or in the directory named by RDHPF_DIR, and private to you. The
 socket there speaks JSON-RPC; see docs/protocol.md.
@@ -72,6 +75,8 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -89,12 +94,12 @@ const (
 type usageError struct{ error }
 
 func main() {
-	err := command(os.Args[1:])
+	err := dispatch(os.Args[1:])
 	var usage usageError
 	var absent *errNotRunning
 	var ended *commandEnd
 	switch {
-	case err == nil, errors.Is(err, flag.ErrHelp):
+	case err == nil:
 	case errors.As(err, &absent):
 		if absent.text != "" {
 			fmt.Fprintln(os.Stderr, absent.text)
@@ -116,46 +121,241 @@ func main() {
 	}
 }
 
-const usage = `rdhpf forwards the published ports of a remote Docker host to localhost.
+// command is a command of rdhpf. Dispatch, help, completion and suggestions are made from the
+// table of them.
+type command struct {
+	name     string
+	args     string // besides flags, as help writes them
+	does     string
+	about    string // for its own help, if there is more to say
+	examples [2]string
 
-  rdhpf run -host ssh://user@host   forward ports until interrupted
-  rdhpf run -- COMMAND              run a command that uses the remote engine and its ports
-  rdhpf env                         print the variables with which docker uses the remote engine
-  rdhpf status                      show what is forwarded, and why something is not
-  rdhpf health                      exit with 0 if everything works, else say what does not
-  rdhpf pause, rdhpf resume         close all local ports, open them again
-  rdhpf reload                      read config.json again
-  rdhpf stop                        stop the running instance
-  rdhpf version                     print the version
+	// setup defines the flags and returns what runs once they are parsed: it takes the
+	// arguments, and those that follow --, nil if there is no --.
+	setup func(f *flag.FlagSet) func(args, after []string) error
+}
 
-rdhpf COMMAND -h lists the flags of a command.
-`
+func commands() []command {
+	return []command{
+		{"run", "[HOST] [-- COMMAND [ARGUMENT…]]", "forward ports until interrupted, or while a command runs", "",
+			[2]string{"rdhpf run ssh://user@host", "rdhpf run -map 80=8080 -- go test ./..."}, runCommand},
+		{"status", "[PORT…]", "show what is forwarded, and why anything is not", "",
+			[2]string{"rdhpf status -wide", "rdhpf status -wait 30s 8080"}, statusCommand},
+		{"port", "NAME [PORT]", "print where a container's port is on this machine", "",
+			[2]string{"rdhpf port web", "curl $(rdhpf port web 80)"}, portCommand},
+		{"env", "", "print the variables with which tools use the remote engine", "",
+			[2]string{`eval "$(rdhpf env)"`, "rdhpf env -shell fish | source"}, envCommand},
+		{"health", "", "exit with 0 if everything works, else say what does not", "",
+			[2]string{"rdhpf health", "rdhpf health -json | jq .traffic"}, tellCommand},
+		{"pause", "", "close all local ports but keep the connection", "",
+			[2]string{"rdhpf pause", "rdhpf pause -host builder"}, tellCommand},
+		{"resume", "", "open the ports again", "",
+			[2]string{"rdhpf resume", "rdhpf resume -host builder"}, tellCommand},
+		{"reload", "", "read config.json again", "",
+			[2]string{"rdhpf reload", "rdhpf reload -host builder"}, tellCommand},
+		{"stop", "", "stop the running instance", "",
+			[2]string{"rdhpf stop", "rdhpf stop -host builder"}, tellCommand},
+		{"completion", "bash|zsh|fish", "print a script that completes commands in your shell", "",
+			[2]string{"source <(rdhpf completion bash)", "rdhpf completion fish > ~/.config/fish/completions/rdhpf.fish"}, completionCommand},
+		{"version", "", "print the version", "", [2]string{"rdhpf version", "rdhpf version | cut -d' ' -f2"}, versionCommand},
+	}
+}
 
-func command(args []string) error {
-	if len(args) == 0 {
-		fmt.Fprint(os.Stderr, usage)
+func findCommand(name string) (command, bool) {
+	all := commands()
+	i := slices.IndexFunc(all, func(c command) bool { return c.name == name })
+	if i < 0 {
+		return command{}, false
+	}
+	return all[i], true
+}
+
+// usage is the help on all commands.
+func usage() string {
+	var b strings.Builder
+	b.WriteString("rdhpf brings the ports and the engine of a remote Docker host to this machine.\n\n")
+	for _, c := range commands() {
+		fmt.Fprintf(&b, "  rdhpf %-12s%s\n", c.name, c.does)
+	}
+	b.WriteString("\nStart with: rdhpf run ssh://user@host\nHelp on a command: rdhpf COMMAND -h\n")
+	return b.String()
+}
+
+// dispatch runs the command that the words of the command line name.
+func dispatch(words []string) error {
+	if len(words) == 0 {
+		fmt.Fprint(os.Stderr, usage())
 		return usageError{errors.New("no command given")}
 	}
-	switch args[0] {
-	case "run":
-		return runCommand(args[1:])
-	case "status":
-		return statusCommand(args[1:])
-	case "env":
-		return envCommand(args[1:])
-	case "health", "pause", "resume", "reload", "stop":
-		return tellCommand(args[0], args[1:])
-	case "version", "-version", "--version":
-		fmt.Println("rdhpf " + version())
-		return nil
+	name, words := words[0], words[1:]
+	switch name {
 	case "help", "-h", "-help", "--help":
-		fmt.Print(usage)
+		if len(words) == 0 {
+			fmt.Print(usage())
+			return nil
+		}
+		name, words = words[0], []string{"-h"}
+	case "-version", "--version":
+		name = "version"
+	case completeCommand:
+		return complete(os.Stdout, words)
+	}
+	c, ok := findCommand(name)
+	if !ok {
+		var names []string
+		for _, c := range commands() {
+			names = append(names, c.name)
+		}
+		return usageError{fmt.Errorf("unknown command %q: %s", name, didYouMean(name, names, "see rdhpf help"))}
+	}
+	f := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	run := c.setup(f)
+	args, after, err := parseWords(f, words)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Print(c.help(f))
 		return nil
+	case err != nil:
+		return usageError{err}
+	case c.args == "" && len(args)+len(after) > 0:
+		return usageError{unexpected(c.name, append(args, after...)[0])}
 	}
-	if args[0] == "completion" {
-		return usageError{errors.New("there is no completion any more")}
+	return run(args, after)
+}
+
+// help is the help on a command, which fits on a terminal of 80 columns and 24 lines.
+func (c command) help(f *flag.FlagSet) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "Usage: rdhpf %s\n\n%s%s\n", strings.TrimSpace(c.name+" [FLAG…] "+c.args), strings.ToUpper(c.does[:1]), c.does[1:]+".")
+	var rows [][2]string
+	width := 0
+	f.VisitAll(func(fl *flag.Flag) {
+		value, about := describe(fl)
+		rows = append(rows, [2]string{strings.TrimSpace("-" + fl.Name + " " + value), about})
+		width = max(width, len(rows[len(rows)-1][0]))
+	})
+	if len(rows) > 0 {
+		b.WriteString("\n")
 	}
-	return usageError{fmt.Errorf("unknown command %q: see rdhpf help", args[0])}
+	for _, row := range rows {
+		fmt.Fprintf(&b, "  %-*s  %s\n", width, row[0], row[1])
+	}
+	fmt.Fprintf(&b, "\nExamples:\n  %s\n  %s\n", c.examples[0], c.examples[1])
+	return b.String()
+}
+
+// describe returns what help calls the value of a flag, "" if it takes none, and what the flag does. In its
+// definition the value stands in backquotes, before the rest.
+func describe(fl *flag.Flag) (value, about string) {
+	value, about = flag.UnquoteUsage(fl)
+	return value, strings.TrimPrefix(about, value+" ")
+}
+
+// parseWords parses flags and arguments, in any order, up to --.
+func parseWords(f *flag.FlagSet, words []string) (args, after []string, err error) {
+	f.SetOutput(io.Discard)
+	f.Usage = func() {}
+	for {
+		if err := f.Parse(words); err != nil {
+			return nil, nil, explainFlag(f, err)
+		}
+		rest := f.Args()
+		if n := len(words) - len(rest); n > 0 && words[n-1] == "--" {
+			return args, append([]string{}, rest...), nil
+		}
+		if len(rest) == 0 {
+			return args, nil, nil
+		}
+		args, words = append(args, rest[0]), rest[1:]
+	}
+}
+
+// explainFlag returns an error of package flag in the words of this program.
+func explainFlag(f *flag.FlagSet, err error) error {
+	text := err.Error()
+	if name, ok := strings.CutPrefix(text, "flag provided but not defined: -"); ok {
+		if instead := bygone[name]; instead != "" {
+			return fmt.Errorf("there is no -%s any more: use %s", name, instead)
+		}
+		var names []string
+		f.VisitAll(func(fl *flag.Flag) { names = append(names, "-"+fl.Name) })
+		return fmt.Errorf("unknown flag -%s: %s", name, didYouMean("-"+name, names, "see rdhpf "+f.Name()+" -h"))
+	}
+	if name, ok := strings.CutPrefix(text, "flag needs an argument: -"); ok {
+		value, about := describe(f.Lookup(name))
+		return fmt.Errorf("-%s needs a value: -%[1]s %s: %s", name, value, about)
+	}
+	if text, ok := strings.CutPrefix(text, "invalid value "); ok {
+		value, text, _ := strings.Cut(text, " for flag ")
+		name, why, _ := strings.Cut(text, ": ")
+		return fmt.Errorf("%s %s: %s", name, value, why)
+	}
+	if text, ok := strings.CutPrefix(text, "invalid boolean value "); ok {
+		value, text, _ := strings.Cut(text, " for ")
+		name, _, _ := strings.Cut(text, ": ")
+		return fmt.Errorf("%s %s: want true, false or no value", name, value)
+	}
+	return err
+}
+
+// bygone are flags of earlier versions, and what replaces them.
+var bygone = map[string]string{
+	"format":  "-json, or nothing for the table",
+	"trace":   "-log-level debug",
+	"verbose": "-log-level debug",
+}
+
+// unexpected is the error about an argument where there should be none.
+func unexpected(command, arg string) error {
+	if strings.Contains(arg, "@") || strings.Contains(arg, "://") {
+		return fmt.Errorf("unexpected argument %q: name the host with -host %s", arg, arg)
+	}
+	return fmt.Errorf("unexpected argument %q: see rdhpf %s -h", arg, command)
+}
+
+// didYouMean suggests the name that word was meant to be, or else says otherwise.
+func didYouMean(word string, names []string, otherwise string) string {
+	best, least := "", 3 // more edits than that make another word
+	for _, name := range names {
+		if len(word) > 1 && strings.HasPrefix(name, word) {
+			return "did you mean " + name + "?"
+		}
+		if n := edits(word, name); n < least && n < len(word)-1 {
+			best, least = name, n
+		}
+	}
+	if best == "" {
+		return otherwise
+	}
+	return "did you mean " + best + "?"
+}
+
+// edits is the number of characters to insert, delete or replace that make b of a.
+func edits(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diagonal
+			if a[i] != b[j] {
+				cost++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+func versionCommand(*flag.FlagSet) func(args, after []string) error {
+	return func([]string, []string) error {
+		_, err := fmt.Println("rdhpf " + version())
+		return err
+	}
 }
 
 // version returns the version recorded in the build info.
@@ -173,105 +373,98 @@ func version() string {
 	return v + " " + info.GoVersion
 }
 
-// parseFlags parses the command line of a command that takes only flags.
-func parseFlags(f *flag.FlagSet, args []string) error {
-	err := parseFlagsAndArgs(f, args)
-	if err == nil && f.NArg() > 0 {
-		err = usageError{fmt.Errorf("unexpected argument %q: see rdhpf %s -h", f.Arg(0), f.Name())}
-	}
-	return err
-}
-
-// parseFlagsAndArgs parses a command line and prints the help if requested.
-func parseFlagsAndArgs(f *flag.FlagSet, args []string) error {
-	f.SetOutput(io.Discard)
-	err := f.Parse(args)
-	if errors.Is(err, flag.ErrHelp) {
-		f.SetOutput(os.Stdout)
-		fmt.Printf("Usage of rdhpf %s:\n", f.Name())
-		f.PrintDefaults()
-		return err
-	}
-	if err != nil {
-		for _, old := range bygone {
-			if strings.HasSuffix(err.Error(), "not defined: -"+old.flag) {
-				return usageError{fmt.Errorf("there is no -%s any more: use %s", old.flag, old.instead)}
-			}
-		}
-		return usageError{fmt.Errorf("%w: see rdhpf %s -h", err, f.Name())}
-	}
-	return nil
-}
-
-// bygone are flags of earlier versions.
-var bygone = []struct{ flag, instead string }{
-	{"format", "-json, or nothing for the table"},
-	{"trace", "-log-level debug"},
-	{"verbose", "-log-level debug"},
-}
-
 // runFlags are the flags of run, checked.
 type runFlags struct {
 	runOptions
-	level   slog.Level
-	format  string
-	command []string // to run; nil: none
-	wait    time.Duration
+	hostFlag        string
+	noDocker, quiet bool
+	level           slog.Level
+	format          string
+	command         []string // to run; nil: none
+	wait            time.Duration
 }
 
-func parseRunFlags(args []string) (r runFlags, err error) {
-	f := flag.NewFlagSet("run", flag.ContinueOnError)
-	hostFlag := f.String("host", "", "remote Docker `host`: ssh://[user@]host[:port][/socket] (default: the one docker uses)")
-	r.flags = config{mapped: make(map[uint16]uint16)}
-	f.Func("bind", "local `addresses` to listen on, separated by commas (default 127.0.0.1,::1)", addAddresses(&r.flags.bind))
-	f.Func("map", "`published=local`: forward to another local port; separate several with commas", addMaps(r.flags.mapped))
-	f.Func("skip", "`ports` not to forward, such as 22,8000-8099", addRanges(&r.flags.skip))
-	f.Func("only", "forward only these `ports`", addRanges(&r.flags.only))
-	f.Func("no-probe", "never probe these `ports`, for programs that accept a single connection", addRanges(&r.flags.noProbe))
-	noDocker := f.Bool("no-docker-socket", false, "do not serve the remote engine on a local socket")
-	f.BoolVar(&r.retry, "retry", false, "keep trying when the first connection fails")
-	f.DurationVar(&r.wait, "wait", 0, "before running a command, wait up to this `time` until all ports are active")
-	f.TextVar(&r.level, "log-level", slog.LevelInfo, "print messages of this `level` and above: debug, info, warn or error")
-	f.StringVar(&r.format, "log-format", "text", "`format` of the messages: text or json")
-	quiet := f.Bool("quiet", false, "print only errors, as -log-level error does")
-	if err := parseFlagsAndArgs(f, args); err != nil {
-		return r, err
+// define defines the flags of run.
+func (r *runFlags) define(f *flag.FlagSet) {
+	r.flags, r.format = config{mapped: make(map[uint16]uint16)}, "text"
+	f.StringVar(&r.hostFlag, "host", "", "`HOST` ssh://[user@]host[:port] or an alias (default: docker's)")
+	f.Func("bind", "`ADDRESSES` listen on these (default 127.0.0.1,::1)", addAddresses(&r.flags.bind))
+	f.Func("map", "`PUBLISHED=LOCAL` use another local port, as in 80=8080,81=8081", addMaps(r.flags.mapped))
+	f.Func("skip", "`PORTS` do not forward these, such as 22,8000-8099", addRanges(&r.flags.skip))
+	f.Func("only", "`PORTS` forward these and no others", addRanges(&r.flags.only))
+	f.Func("no-probe", "`PORTS` never probe these: they take one connection only", addRanges(&r.flags.noProbe))
+	f.BoolVar(&r.noDocker, "no-docker-socket", false, "do not serve the remote engine on a local socket")
+	f.BoolVar(&r.retry, "retry", false, "keep trying if the first connection fails")
+	f.Func("wait", "`TIME` wait up to this for active ports before the command", addTime(&r.wait))
+	f.Func("log-level", "`LEVEL` print messages from debug, info, warn or error on", func(s string) error {
+		if r.level.UnmarshalText([]byte(s)) != nil {
+			return errors.New("want debug, info, warn or error")
+		}
+		return nil
+	})
+	f.Func("log-format", "`FORMAT` print messages as text or json", func(s string) error {
+		if r.format = s; s != "text" && s != "json" {
+			return errors.New("want text or json")
+		}
+		return nil
+	})
+	f.BoolVar(&r.quiet, "quiet", false, "print only errors, as -log-level error does")
+}
+
+// check takes the arguments and finds the host.
+func (r *runFlags) check(args, after []string) error {
+	switch {
+	case len(args) == 1 && r.hostFlag == "":
+		r.hostFlag = args[0]
+	case len(args) > 0:
+		return usageError{fmt.Errorf("unexpected argument %q: see rdhpf run -h (a command to run follows --)", args[len(args)-1])}
 	}
-	if r.docker = !*noDocker; *quiet {
+	if r.command = after; after != nil && len(after) == 0 {
+		return usageError{errors.New("-- is followed by no command")}
+	} else if after == nil && r.wait != 0 {
+		return usageError{errors.New("-wait needs a command to run: rdhpf run -wait 30s -- COMMAND")}
+	}
+	if r.docker = !r.noDocker; r.quiet {
 		r.level = slog.LevelError
 	}
-	isCommand := len(args) > f.NArg() && args[len(args)-f.NArg()-1] == "--"
-	switch {
-	case !isCommand && f.NArg() > 0:
-		err = fmt.Errorf("unexpected argument %q: see rdhpf run -h (a command to run follows --)", f.Arg(0))
-	case isCommand && f.NArg() == 0:
-		err = errors.New("-- is followed by no command")
-	case !isCommand && r.wait != 0:
-		err = errors.New("-wait needs a command to run: rdhpf run -wait 30s -- COMMAND")
-	case r.wait < 0:
-		err = errors.New("-wait wants a positive time, like 30s")
-	case r.format != "text" && r.format != "json":
-		err = fmt.Errorf("-log-format %q: want text or json", r.format)
-	}
-	if err != nil {
-		return r, usageError{err}
-	}
-	if isCommand {
-		r.command = f.Args()
-	}
 	home, _ := os.UserHomeDir()
+	var err error
 	if r.dir, err = stateDir(os.Getenv, home); err != nil {
-		return r, err
-	}
-	r.host, err = findHost(*hostFlag, r.dir, home)
-	return r, err
-}
-
-func runCommand(args []string) error {
-	r, err := parseRunFlags(args)
-	if err != nil {
 		return err
 	}
+	r.host, err = findHost(r.hostFlag, r.dir, home)
+	return err
+}
+
+// addTime parses a flag that is a time.
+func addTime(to *time.Duration) func(string) error {
+	return func(s string) (err error) {
+		if *to, err = time.ParseDuration(s); err != nil {
+			if _, err := strconv.ParseFloat(s, 64); err == nil {
+				return fmt.Errorf("a time has a unit, such as %ss", s)
+			}
+			return errors.New("want a time, such as 30s")
+		}
+		if *to <= 0 {
+			return errors.New("want a positive time, such as 30s")
+		}
+		return nil
+	}
+}
+
+func runCommand(f *flag.FlagSet) func(args, after []string) error {
+	r := &runFlags{}
+	r.define(f)
+	return func(args, after []string) error {
+		if err := r.check(args, after); err != nil {
+			return err
+		}
+		return r.run()
+	}
+}
+
+// run runs the instance, and the command if there is one.
+func (r *runFlags) run() error {
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
 	log, end := newLogger(os.Stderr, r.level, r.format, func(error) {

@@ -31,7 +31,7 @@ const (
 	steadyFor    = time.Minute            // a subscription that lasted this long was not cut off for lack of room
 	stillOpen    = 300 * time.Millisecond // a connection that stays open this long has something behind it
 	noInstance   = "No running instance found. Start one with: rdhpf run -host ssh://user@host"
-	hostDefaults = "remote Docker `host` (default: the one docker uses, else every instance)"
+	hostDefaults = "`HOST` the instance's host (default: docker's, else all)"
 )
 
 // report is what `rdhpf status -json` prints: a snapshot, and how far to trust it.
@@ -65,44 +65,52 @@ type statusFlags struct {
 	out   printer
 }
 
-func parseStatusFlags(args []string) (s statusFlags, err error) {
-	f := flag.NewFlagSet("status", flag.ContinueOnError)
+// define defines the flags of status.
+func (s *statusFlags) define(f *flag.FlagSet) {
 	f.StringVar(&s.host, "host", "", hostDefaults)
 	f.BoolVar(&s.out.asJSON, "json", false, "print one JSON object per instance")
-	f.BoolVar(&s.out.style.wide, "wide", false, "also show names, images, services, container ports and traffic")
+	f.BoolVar(&s.out.style.wide, "wide", false, "also show names, images, services, container ports, traffic")
 	f.BoolVar(&s.watch, "watch", false, "print again at each change")
-	f.DurationVar(&s.wait, "wait", 0, "wait up to this `time` until the ports given as arguments, or all ports, are active")
-	if err := parseFlagsAndArgs(f, args); err != nil {
-		return s, err
-	}
-	for _, arg := range f.Args() {
+	f.Func("wait", "`TIME` wait up to this until the local ports, or all, are active", addTime(&s.wait))
+}
+
+// check takes the arguments.
+func (s *statusFlags) check(args []string) error {
+	for _, arg := range args {
 		port, err := parsePort(arg)
+		if err != nil && strings.ContainsAny(arg, "@/") {
+			err = unexpected("status", arg)
+		} else if err != nil {
+			err = fmt.Errorf("%w; where a container's port is, rdhpf port %s tells", err, printable(arg, maxText))
+		}
 		if err != nil {
-			return s, usageError{err}
+			return usageError{err}
 		}
 		s.ports = append(s.ports, port)
 	}
 	switch {
-	case s.wait < 0:
-		err = errors.New("-wait wants a positive time, like 30s")
 	case len(s.ports) > 0 && s.wait == 0:
-		err = errors.New("ports can only be given with -wait: rdhpf status -wait 30s 8080")
+		return usageError{errors.New("ports can only be given with -wait: rdhpf status -wait 30s 8080")}
 	case s.wait != 0 && s.watch:
-		err = errors.New("-wait and -watch exclude each other")
-	}
-	if err != nil {
-		return s, usageError{err}
+		return usageError{errors.New("-wait and -watch exclude each other")}
 	}
 	s.out.w = os.Stdout
 	s.out.style.colour = isTerminal(os.Stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
-	return s, nil
+	return nil
 }
 
-func statusCommand(args []string) error {
-	s, err := parseStatusFlags(args)
-	if err != nil {
-		return err
+func statusCommand(f *flag.FlagSet) func(args, after []string) error {
+	s := &statusFlags{}
+	s.define(f)
+	return func(args, after []string) error {
+		if err := s.check(append(args, after...)); err != nil {
+			return err
+		}
+		return s.run()
 	}
+}
+
+func (s *statusFlags) run() error {
 	t, err := findTarget(s.host)
 	if err != nil {
 		return err
@@ -524,12 +532,17 @@ func remarks(w io.Writer, r *report, now time.Time) {
 		fmt.Fprintf(w, "Degraded: %s\n", warning)
 	}
 	for _, s := range r.Skipped {
-		what := fmt.Sprintf("%d/%s of ", s.Port, s.Protocol)
-		if s.Port == 0 {
-			what = ""
-		}
-		fmt.Fprintf(w, "Skipped: %s%s (%s): %s\n", what, s.Name, s.ContainerID, s.Reason)
+		fmt.Fprintf(w, "Skipped: %s: %s\n", skippedName(s), s.Reason)
 	}
+}
+
+// skippedName names a port that is not forwarded, or the container if all its ports are not.
+func skippedName(s skippedPort) string {
+	who := fmt.Sprintf("%s (%s)", s.Name, s.ContainerID)
+	if s.Port == 0 {
+		return who
+	}
+	return fmt.Sprintf("%d/%s of %s", s.Port, s.Protocol, who)
 }
 
 // printHealth prints whether the instance is healthy, and why not.

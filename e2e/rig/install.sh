@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# rig install: the packages a rig needs, and podman, which some tests run beside it.
+# rig install: the packages a rig needs, and what some tests use besides.
+
+EXTRA=(podman tmux zsh fish)
 
 cmd_install() {
 	local missing pkgs=() t policy=/usr/sbin/policy-rc.d
-	missing=$(missing_tools podman)
+	missing=$(missing_tools "${EXTRA[@]}")
 	if [[ -z $missing ]]; then
 		say "nothing is missing"
 		return
@@ -43,6 +45,6 @@ cmd_install() {
 		"${apt[@]}" install -y --no-install-recommends "${pkgs[@]}" >&2
 	fi
 	hash -r
-	missing=$(missing_tools podman)
+	missing=$(missing_tools "${EXTRA[@]}")
 	[[ -z $missing ]] || die "still missing: $missing"
 }
