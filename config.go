@@ -85,6 +85,12 @@ func (cfg *config) local(public uint16) (netip.AddrPort, string) {
 	return netip.AddrPortFrom(cfg.addrs()[0], local), ""
 }
 
+// excludes reports whether the settings leave a published port out.
+func (cfg *config) excludes(public uint16) bool {
+	_, reason := cfg.local(public)
+	return reason != ""
+}
+
 func has(ranges []portRange, port uint16) bool {
 	return slices.ContainsFunc(ranges, func(r portRange) bool { return r.first <= port && port <= r.last })
 }

@@ -273,7 +273,7 @@ func TestExecute(t *testing.T) {
 		}
 	}
 	var ended *commandEnd
-	if err := execute(exec.Command("/nonexistent"), fileLimit(), nil); !errors.As(err, &ended) || ended.status != exitNotExecutable || !errors.Is(ended.error, os.ErrNotExist) {
+	if err := execute(exec.Command(filepath.Join(t.TempDir(), "none")), fileLimit(), nil); !errors.As(err, &ended) || ended.status != exitNotExecutable || !errors.Is(ended.error, os.ErrNotExist) {
 		t.Errorf("nothing to run: %v", err)
 	}
 	// A signal that came before the start is passed on after it.

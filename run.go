@@ -301,10 +301,21 @@ func (r *runner) do(now time.Time, a action) {
 		})
 	case findOwner:
 		r.start(func() {
-			owner := r.owners.of(r.ctx, k.local)
-			r.post(r.ctx, func(time.Time) { r.state.ownerFound(k, owner) })
+			owner, free := r.owners.of(r.ctx, k.local), freeOf(k.local.Addr(), a.ways)
+			r.post(r.ctx, func(time.Time) { r.state.ownerFound(k, owner, free) })
 		})
 	}
+}
+
+// freeOf returns the first of the ports that is free at an address, 0 if none is.
+func freeOf(at netip.Addr, ports []uint16) uint16 {
+	for _, port := range ports {
+		if l, err := net.Listen("tcp", netip.AddrPortFrom(at, port).String()); err == nil {
+			l.Close()
+			return port
+		}
+	}
+	return 0
 }
 
 // open opens the door of a forward at its own address.

@@ -40,12 +40,14 @@ const (
 
 const (
 	maxForwards  = 10_000
+	maxSkipNotes = 10 // log messages about skipped ports after one list
 	bindAttempts = 5
 	bindDelay    = 100 * time.Millisecond // after the first failure; doubles with each further one
 	slowLook     = 2 * time.Second        // between checks of a conflict; also the longest wait between probes
 	holderEvery  = 15                     // checks of a conflict per lookup of the port's owner
 	frozenFor    = time.Second            // an event of pause or unpause outweighs lists
 	diedFor      = 30 * time.Second       // the longest a dead container's id is remembered
+	quietFor     = 2 * time.Second        // for a program to start before its silence is logged
 	staleAfter   = 30 * time.Second       // evidence older than this is refreshed when a client asks
 )
 
@@ -256,7 +258,8 @@ type action struct {
 	verb  verb
 	want  want
 	meter *meter
-	probe int // sequence number; results of older probes are ignored
+	probe int      // sequence number; results of older probes are ignored
+	ways  []uint16 // local ports, of which findOwner looks for a free one
 }
 
 // stage is the progress of a forward.
@@ -300,10 +303,10 @@ type forward struct {
 	suspect bool
 
 	// Log messages and lookups.
-	said   bool // logged as open
-	moaned bool // logged as not open
-	moan   bool // to be logged as not open
-	ask    bool // the owner of the local port is to be looked up
+	told string // the status last logged; "": none
+	moan bool   // why it is not active is to be logged now
+	ask  bool   // who holds the local port is to be looked up, and which one is free
+	way  uint16 // a local port that is free instead; 0 if unknown
 }
 
 // meter counts the traffic of one forward. It is safe for concurrent use.
@@ -460,6 +463,7 @@ func (s *state) disconnected() {
 func (s *state) reconcile(now time.Time) {
 	wants, skipped := desired(s.list, s.cfg)
 	if !slices.Equal(skipped, s.skipped) {
+		s.noteSkipped(skipped)
 		s.skipped, s.changed = skipped, true
 	}
 	for k, w := range wants {
@@ -474,12 +478,11 @@ func (s *state) reconcile(now time.Time) {
 		case !f.wanted || was.id != w.id || restarted(was.endpoints, w.endpoints):
 			// New, back, taken over or restarted: anything known about the
 			// service is obsolete.
-			f.said = f.said && was.id == w.id
-			f.wanted, f.moaned = true, false
-			s.renew(f, now)
-			if f.stage.open() {
-				s.opened(f)
+			if was.id != w.id || f.told != active {
+				f.told = ""
 			}
+			f.wanted = true
+			s.renew(f, now)
 		case was.paused != w.paused || was.noProbe != w.noProbe:
 			s.reset(f)
 		case was.endpoints != w.endpoints || was.direct != w.direct:
@@ -490,10 +493,45 @@ func (s *state) reconcile(now time.Time) {
 	for k, f := range s.forwards {
 		if _, ok := wants[k]; !ok && f.wanted {
 			f.wanted = false
-			if f.said {
-				s.note(slog.LevelInfo, f, fmt.Sprintf("%s closed: %s is gone", f.local, f.who()))
+			if f.told != "" && f.stage.open() {
+				s.note(slog.LevelInfo, f, fmt.Sprintf("%s closed: %s %s", f.local, f.who(), s.whyClosed(f, wants)))
 			}
 		}
+	}
+}
+
+// whyClosed says what became of the container of a forward that is no longer wanted, or of its port.
+func (s *state) whyClosed(f *forward, wants map[key]want) string {
+	for k, w := range wants {
+		if w.id == f.id && k.remote.Port() == f.remote.Port() {
+			return fmt.Sprintf("is at %s now", k.local)
+		}
+	}
+	for _, p := range s.skipped {
+		if p.ContainerID == f.id && p.Port == f.remote.Port() && p.Protocol == "tcp" {
+			return "is not forwarded any more: " + p.Reason
+		}
+	}
+	if slices.ContainsFunc(s.list, func(c container) bool { return c.id == f.id }) {
+		return "no longer publishes it"
+	}
+	return "is gone"
+}
+
+// noteSkipped logs which ports are not forwarded that were not known before, except for those that
+// the user left out.
+func (s *state) noteSkipped(skipped []skippedPort) {
+	n := 0
+	for _, p := range skipped {
+		if p.Port != 0 && s.cfg.excludes(p.Port) || slices.Contains(s.skipped, p) {
+			continue
+		}
+		if n++; n > maxSkipNotes {
+			s.notes = append(s.notes, note{level: slog.LevelInfo, text: "more ports are not forwarded: see rdhpf status"})
+			return
+		}
+		s.notes = append(s.notes, note{slog.LevelInfo, fmt.Sprintf("%s is not forwarded: %s", skippedName(p), p.Reason), []slog.Attr{
+			slog.String("container_id", p.ContainerID), slog.String("container_name", p.Name), slog.String("reason", p.Reason)}})
 	}
 }
 
@@ -523,7 +561,7 @@ func (s *state) reset(f *forward) {
 	default:
 		f.stage = unseen
 	}
-	f.fault, f.tries, f.due, f.probe, f.ask, f.moan = "", 0, time.Time{}, 0, false, false
+	f.fault, f.tries, f.due, f.probe, f.ask, f.moan, f.way = "", 0, time.Time{}, 0, false, false, 0
 	f.seen, f.look, f.suspect = time.Time{}, time.Time{}, false
 }
 
@@ -555,7 +593,7 @@ func (s *state) plan(now time.Time) (acts []action, wake time.Time) {
 		s.judge(f, holder, now)
 		if f.ask {
 			f.ask = false
-			acts = append(acts, action{verb: findOwner, want: f.want})
+			acts = append(acts, action{verb: findOwner, want: f.want, ways: s.ways(f)})
 		}
 		switch {
 		case s.paused || holder != f:
@@ -593,7 +631,7 @@ func (s *state) holders(all []*forward) map[netip.AddrPort]*forward {
 }
 
 // judge updates the status and reason of f, given the forward that holds its
-// local port, and logs once why it is not open.
+// local port.
 func (s *state) judge(f, holder *forward, now time.Time) {
 	switch {
 	case s.paused:
@@ -620,15 +658,35 @@ func (s *state) judge(f, holder *forward, now time.Time) {
 	default:
 		s.set(f, now, pending, reasonProbing)
 	}
-	if f.moan && !f.moaned {
+	s.tell(f, now)
+}
+
+// tell logs what became of a forward: that its service answers, why its port is not open, or
+// that nothing answers although a program has had the time to start.
+func (s *state) tell(f *forward, now time.Time) {
+	moan := f.moan
+	f.moan = false
+	if f.told == f.status {
+		return
+	}
+	switch quiet := now.Sub(f.updated) >= quietFor; {
+	case f.status == active:
+		again := map[string]string{conflict: ", free again", pending: ", answers now"}
+		s.note(slog.LevelInfo, f, fmt.Sprintf("%s → %s%s", f.local, f.who(), again[f.told]))
+	case moan:
 		hint := ""
 		if f.stage == forbidden {
 			hint = " (see AllowTcpForwarding and PermitOpen in its sshd_config)"
+		} else if strings.HasPrefix(f.reason, reasonGivenUp) && !strings.Contains(f.reason, "free within") && f.way != 0 {
+			hint = fmt.Sprintf(": stop what holds it or use -map %d=%d", f.remote.Port(), f.way)
 		}
 		s.note(slog.LevelWarn, f, fmt.Sprintf("%s %s for %s: %s%s", f.local, f.status, f.who(), f.reason, hint))
-		f.moaned = true
+	case quiet && slices.Contains([]string{reasonSilent, reasonCloses, reasonFrozen}, f.reason):
+		s.note(slog.LevelInfo, f, fmt.Sprintf("%s %s for %s: %s", f.local, f.status, f.who(), f.reason))
+	default:
+		return
 	}
-	f.moan = false
+	f.told = f.status
 }
 
 // sorted returns the forwards in a stable order, oldest first.
@@ -653,7 +711,6 @@ func (s *state) openDone(now time.Time, k key, err error) {
 		f.stage = unseen
 		s.reset(f)
 		s.judge(f, f, now)
-		s.opened(f)
 		return
 	}
 	f.tries++
@@ -677,8 +734,12 @@ func (s *state) openDone(now time.Time, k key, err error) {
 			}
 		}
 	case syscall.EACCES, syscall.EPERM:
-		if p := f.local.Port(); p < 1024 {
-			f.fault += fmt.Sprintf(" (ports below 1024 need root: map it with -map %d=%d)", f.remote.Port(), 8000+p)
+		if f.local.Port() < 1024 {
+			f.fault += " (ports below 1024 need root"
+			if f.moan, f.ask = f.way != 0, f.way == 0 && (f.tries-1)%holderEvery == 0; f.way != 0 {
+				f.fault += fmt.Sprintf(": map it with -map %d=%d", f.remote.Port(), f.way)
+			}
+			f.fault += ")"
 		}
 	case syscall.EADDRNOTAVAIL:
 	default:
@@ -694,10 +755,14 @@ func backoff(n int) time.Duration {
 }
 
 // ownerFound handles the result of a findOwner: a description such as
-// "held by nginx, pid 4242", or "" if the owner is unknown.
-func (s *state) ownerFound(k key, owner string) {
+// "held by nginx, pid 4242", or "" if the owner is unknown, and a local port that is free, 0 if none was found.
+func (s *state) ownerFound(k key, owner string, free uint16) {
 	f := s.forwards[k]
-	if f == nil || f.stage != taken || f.tries < bindAttempts {
+	if f == nil || f.stage != taken {
+		return
+	}
+	if f.way = free; !strings.HasPrefix(f.fault, reasonGivenUp) { // no permission: the next attempt says where to
+		f.moan, f.due = free == 0, time.Time{}
 		return
 	}
 	if f.moan = true; owner != "" { // keep an owner found earlier
@@ -705,14 +770,22 @@ func (s *state) ownerFound(k key, owner string) {
 	}
 }
 
-// opened logs once that a port is open.
-func (s *state) opened(f *forward) {
-	if !f.said {
-		s.note(slog.LevelInfo, f, fmt.Sprintf("%s → %s", f.local, f.who()))
-	} else if f.moaned {
-		s.note(slog.LevelInfo, f, fmt.Sprintf("%s → %s, free again", f.local, f.who()))
+// ways returns local ports that no forward wants and that f could have instead of its own.
+func (s *state) ways(f *forward) (ports []uint16) {
+	wanted := make(map[uint16]bool)
+	for k := range s.forwards {
+		wanted[k.local.Port()], wanted[k.remote.Port()] = true, true
 	}
-	f.said, f.moaned = true, false
+	p, usual := int(f.local.Port()), 10_000
+	if p < 1024 {
+		usual = 8000
+	}
+	for _, n := range []int{p + usual, p + 20_000, p + 30_000, p + 1, p + 2, p + 3, p + 1000, p - 1000, p - 10_000} {
+		if n >= 1024 && n <= 65535 && !wanted[uint16(n)] {
+			ports = append(ports, uint16(n))
+		}
+	}
+	return ports
 }
 
 // probeResult is the result of a probe.

@@ -222,7 +222,10 @@ func looks(ago time.Duration, id string) happening {
 	return func(d *driver) { d.lookAgain(d.now.Add(-ago), id) }
 }
 func owner(text, who string) happening {
-	return func(d *driver) { d.ownerFound(d.key(text), who) }
+	return func(d *driver) { d.ownerFound(d.key(text), who, 0) }
+}
+func found(text, who string, free uint16) happening {
+	return func(d *driver) { d.ownerFound(d.key(text), who, free) }
 }
 func dies(id string) happening   { return func(d *driver) { d.diedNow(d.now, id) } }
 func starts(id string) happening { return func(d *driver) { d.startedNow(d.now, id) } }
@@ -344,12 +347,14 @@ func TestStateSteps(t *testing.T) {
 			{0, owner("8080", "late, pid 1"), "", "8080 pending probing", 0},
 		}},
 		{"no right to bind", []step{
-			{0, all(busy(80, noRight), lists(ctr(idA, "web", "80"))), "open 80", "80 conflict bind: permission denied (*-map 80=8080*)", 2 * time.Second},
+			{0, all(busy(80, noRight), lists(ctr(idA, "web", "80"))), "open 80; owner 80", "80 conflict bind: permission denied (ports below 1024 need root)", 2 * time.Second},
+			{0, found("80", "", 8080), "open 80", "80 conflict bind: permission denied (*-map 80=8080*)", 2 * time.Second},
 			{2 * time.Second, free(80), "open 80; probe 80", "80 pending probing", 0},
 		}},
 		{"no right to bind a mapped port: the hint is one that can be followed", []step{
-			{0, all(busy(80, noRight), reloads(mapped(map[uint16]uint16{60000: 80}, nil, nil)), lists(ctr(idA, "web", "60000"))), "open 80>60000",
-				"80>60000 conflict bind: permission denied (*-map 60000=8080*)", 2 * time.Second},
+			{0, all(busy(80, noRight), reloads(mapped(map[uint16]uint16{60000: 80}, nil, nil)), lists(ctr(idA, "web", "60000"))), "open 80>60000; owner 80>60000",
+				"80>60000 conflict bind: permission denied (*)", 2 * time.Second},
+			{0, found("80>60000", "", 8080), "open 80>60000", "80>60000 conflict bind: permission denied (*-map 60000=8080*)", 2 * time.Second},
 		}},
 		{"no such local address", []step{
 			{0, all(busy(8080, syscall.EADDRNOTAVAIL), lists(web)), "open 8080", "8080 conflict bind: *", 2 * time.Second},
@@ -809,7 +814,7 @@ func TestStateUnknownKeys(t *testing.T) {
 	k := key{netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort("127.0.0.1:1")}
 	d.openDone(d.now, k, nil)
 	d.probeDone(d.now, k, 1, probeAnswered)
-	d.ownerFound(k, "x")
+	d.ownerFound(k, "x", 0)
 	d.answered(d.now, k)
 	d.suspected(d.now, k)
 	d.lookAgain(d.now, idA)
@@ -945,27 +950,44 @@ func TestStateNotes(t *testing.T) {
 	tell("opened", "INFO 127.0.0.1:8080 → "+who, lists(web), probes("8080", probeAnswered), lists(web))
 	tell("container paused and resumed", "", lists(frozen(web)), lists(web), probes("8080", probeAnswered))
 	tell("reconnected", "", down, lists(web), probes("8080", probeAnswered))
-	tell("service gone and back", "", suspects("8080"), probes("8080", probeSilent), waits, probes("8080", probeAnswered))
+	silent := "INFO 127.0.0.1:8080 pending for " + who + ": port not responding"
+	tell("service gone", silent, suspects("8080"), probes("8080", probeSilent), waits, waits)
+	tell("service back", "INFO 127.0.0.1:8080 → "+who+", answers now", probes("8080", probeAnswered), waits)
+	tell("container paused for longer", "INFO 127.0.0.1:8080 pending for "+who+": container paused", lists(frozen(web)), waits, waits)
+	tell("container resumed", "INFO 127.0.0.1:8080 → "+who+", answers now", lists(web), probes("8080", probeAnswered))
 	tell("conflict after a pause", "WARN 127.0.0.1:8080 conflict for "+who+": port already in use after 5 retry attempts (held by nginx, pid 4242)",
 		pauses(true), all(busy(8080, inUse), pauses(false)), waits, waits, waits, waits, owner("8080", "held by nginx, pid 4242"), waits, waits)
+	tell("moved", "INFO 127.0.0.1:8081 → "+who, reloads(configOn(loopback4, config{mapped: map[uint16]uint16{8080: 8081}})), lists(web), probes("8081>8080", probeAnswered))
+	tell("moved back", "INFO 127.0.0.1:8081 closed: "+who+" is at 127.0.0.1:8080 now\nWARN 127.0.0.1:8080 conflict for "+who+": port already in use after 5 retry attempts (held by nginx, pid 4242)"+
+		": stop what holds it or use -map 8080=18080", reloads(plainConfig()), waits, waits, waits, waits, waits, found("8080", "held by nginx, pid 4242", 18080), waits, waits)
 	tell("healed", "INFO 127.0.0.1:8080 → "+who+", free again", free(8080), probes("8080", probeAnswered))
 	tell("restarted with no word of it", "", starts(idA), probes("8080", probeAnswered))
 	tell("taken over", "INFO 127.0.0.1:8080 → new ("+idB+")", lists(ctr(idB, "new", "8080")), probes("8080", probeAnswered))
 	tell("gone", "INFO 127.0.0.1:8080 closed: new ("+idB+") is gone", dies(idB), lists())
 	tell("loser", "INFO * → "+who+"\nWARN * conflict for db ("+idB+"): *"+who+"*",
-		lists(web), lists(web, ctr(idB, "db", "10.0.0.2:8080")), lists(web, ctr(idB, "db", "10.0.0.2:8080")))
-	tell("no right", "WARN * conflict for low ("+idB+"): bind: permission denied*",
-		all(busy(80, syscall.EACCES), lists(web, ctr(idB, "low", "80"))), waits)
-	tell("refused", "INFO * → low ("+idB+")\nWARN * pending for low ("+idB+"): refused by the SSH server*AllowTcpForwarding*",
+		lists(web), probes("8080", probeAnswered), lists(web, ctr(idB, "db", "10.0.0.2:8080")), lists(web, ctr(idB, "db", "10.0.0.2:8080")))
+	tell("no right", "WARN * conflict for low ("+idB+"): bind: permission denied (ports below 1024 need root: map it with -map 80=8081)",
+		all(busy(80, syscall.EACCES), lists(web, ctr(idB, "low", "80"))), found("80", "", 8081), waits, waits)
+	tell("refused", "WARN * pending for low ("+idB+"): refused by the SSH server*AllowTcpForwarding*",
 		free(80), probes("80", probeForbidden), waits, probes("80", probeForbidden))
-	tell("out of order", "INFO * closed: * is gone\nINFO * closed: * is gone\nWARN 127.0.0.1:81 pending for odd ("+idB+"): cannot be opened: out of order",
+	tell("excluded", "INFO 127.0.0.1:80 closed: low ("+idB+") is not forwarded any more: excluded by -skip", reloads(configOn(loopback4, config{skip: []portRange{{80, 80}}})))
+	tell("out of order", "INFO 127.0.0.1:8080 closed: "+who+" is gone\nWARN 127.0.0.1:81 pending for odd ("+idB+"): cannot be opened: out of order",
 		all(busy(81, errors.New("out of order")), lists(ctr(idB, "odd", "81"))), waits, waits, waits, waits, waits, waits)
+	udp := ctr(idB, "dns")
+	udp.ports = []port{{netip.IPv4Unspecified(), 53, 53, "udp"}, {netip.IPv4Unspecified(), 80, 80, "tcp"}}
+	tell("skipped", "INFO 53/udp of dns ("+idB+") is not forwarded: SSH carries TCP only", lists(udp), lists(udp), waits)
+	for i := range 20 {
+		udp.ports = append(udp.ports, port{netip.IPv4Unspecified(), uint16(i), uint16(100 + i), "udp"})
+	}
+	tell("many skipped", strings.Repeat("INFO 1*/udp of dns (*\n", maxSkipNotes)+"INFO more ports are not forwarded: see rdhpf status", lists(udp), waits)
 }
 
 // Notes carry for machines what the sentence says to people.
 func TestStateNoteAttrs(t *testing.T) {
 	d := newDriver(t, plainConfig(), 2)
 	lists(ctr(idA, "web", "10.0.0.2:8080"))(d)
+	d.plan()
+	probes("8080>10.0.0.2:8080", probeAnswered)(d)
 	d.plan()
 	if len(d.notes) != 1 {
 		t.Fatalf("%d notes, want 1", len(d.notes))
@@ -975,7 +997,7 @@ func TestStateNoteAttrs(t *testing.T) {
 		got[a.Key] = a.Value.String()
 	}
 	for k, v := range map[string]string{"local": "127.0.0.1:8080", "remote": "10.0.0.2:8080",
-		"container_id": idA, "container_name": "web", "status": "pending", "reason": "probing"} {
+		"container_id": idA, "container_name": "web", "status": "active", "reason": ""} {
 		if got[k] != v {
 			t.Errorf("%s is %q, want %q", k, got[k], v)
 		}
@@ -1432,7 +1454,7 @@ func (w *simulation) carryOut(acts []action) {
 		case probePort:
 			w.probe(a)
 		case findOwner:
-			w.after(100*time.Millisecond, func() { w.state.ownerFound(k, "held by somebody, pid 1") })
+			w.after(100*time.Millisecond, func() { w.state.ownerFound(k, "held by somebody, pid 1", 0) })
 		}
 	}
 }
