@@ -159,7 +159,11 @@ func addMap(to map[uint16]uint16, public, local string) error {
 	if err != nil {
 		return err
 	}
-	to[from], err = parsePort(local)
+	port, err := parsePort(local)
+	if old, ok := to[from]; ok && err == nil && old != port {
+		return fmt.Errorf("port %d is mapped twice, to %d and to %d", from, old, port)
+	}
+	to[from] = port
 	return err
 }
 

@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -510,7 +511,7 @@ func (raw *rawContainer) container() (container, bool) {
 		service: printable(cmp.Or(raw.Labels["com.docker.compose.service"], raw.Labels["io.podman.compose.service"],
 			raw.Labels["com.docker.swarm.service.name"]), maxText),
 		paused: raw.State == "paused", hostNet: raw.HostConfig.NetworkMode == "host",
-		noProbe: raw.Labels["rdhpf.probe"] == "false"}
+		rules: rulesOf(raw.Labels)}
 	for _, name := range slices.Sorted(maps.Keys(raw.NetworkSettings.Networks)) {
 		n := raw.NetworkSettings.Networks[name]
 		addr, _ := netip.ParseAddr(n.IPAddress)
@@ -543,6 +544,32 @@ func (raw *rawContainer) container() (container, bool) {
 		}
 	}
 	return c, true
+}
+
+// rulesOf reads the labels that are about rdhpf.
+func rulesOf(labels map[string]string) (ru rules) {
+	wrong := func(label, why string) {
+		ru.wrong = fmt.Sprintf("its label %s=%s: %s", label, printable(labels[label], 50), why)
+	}
+	flag := func(label string, otherwise bool) bool {
+		value, ok := labels[label]
+		on, err := strconv.ParseBool(value)
+		if ok && err != nil {
+			wrong(label, "want true or false")
+		}
+		return ok && on || !ok && otherwise
+	}
+	ru.skip, ru.noProbe = flag("rdhpf.skip", false), !flag("rdhpf.probe", true)
+	if value, ok := labels["rdhpf.map"]; ok {
+		ru.mapped = make(map[uint16]uint16)
+		if err := addMaps(ru.mapped)(value); err != nil {
+			ru.mapped = nil
+			wrong("rdhpf.map", printable(err.Error(), maxText))
+		} else if ru.skip {
+			wrong("rdhpf.map", "rdhpf.skip=true contradicts it")
+		}
+	}
+	return ru
 }
 
 type rawService struct {

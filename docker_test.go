@@ -38,8 +38,17 @@ func listText(list []container) string {
 		if c.hostNet {
 			t += " host"
 		}
-		if c.noProbe {
+		if c.rules.noProbe {
 			t += " unprobed"
+		}
+		if c.rules.skip {
+			t += " skip"
+		}
+		if len(c.rules.mapped) > 0 {
+			t += " " + fmt.Sprint(c.rules.mapped)
+		}
+		if c.rules.wrong != "" {
+			t += " (" + c.rules.wrong + ")"
 		}
 		if c.ingress {
 			t += " ingress"
@@ -122,6 +131,15 @@ func TestDecodeList(t *testing.T) {
 		{"other case, unknown and double fields", `[{"ID":"` + idLong + `","names":["/web"],"Unknown":{"deep":[[[1]]]},"State":"exited","State":"running"}]`, id + " web"},
 		{"not to be probed", one(`,"Names":["/web"],"Labels":{"rdhpf.probe":"false"}`), id + " web unprobed"},
 		{"to be probed", one(`,"Names":["/web"],"Labels":{"rdhpf.probe":"true","rdhpf.probe.x":"false"}`), id + " web"},
+		{"rules", one(`,"Names":["/web"],"Labels":{"rdhpf.skip":"false","rdhpf.map":"80=8080, 443=8443"}`), id + " web map[80:8080 443:8443]"},
+		{"to be skipped", one(`,"Names":["/web"],"Labels":{"rdhpf.skip":"true"}`), id + " web skip"},
+		{"a rule that is neither", one(`,"Names":["/web"],"Labels":{"rdhpf.skip":"maybe\u001b"}`), id + " web (its label rdhpf.skip=maybe: want true or false)"},
+		{"a probe that is neither", one(`,"Names":["/web"],"Labels":{"rdhpf.probe":""}`), id + " web unprobed (its label rdhpf.probe=: want true or false)"},
+		{"a map that is none", one(`,"Names":["/web"],"Labels":{"rdhpf.map":"80"}`), id + " web (its label rdhpf.map=80: want PUBLISHED=LOCAL, such as 80=8080)"},
+		{"a hostile map", one(`,"Names":["/web"],"Labels":{"rdhpf.map":"80=\u001b[31m"}`), id + ` web (its label rdhpf.map=80=[31m: "\x1b[31m" is not a port: want a number from 1 to 65535)`},
+		{"a map of one port to two", one(`,"Names":["/web"],"Labels":{"rdhpf.map":"80=1,80=2"}`), id + " web (its label rdhpf.map=80=1,80=2: port 80 is mapped twice, to 1 and to 2)"},
+		{"rules that contradict", one(`,"Names":["/web"],"Labels":{"rdhpf.skip":"true","rdhpf.map":"80=1"}`),
+			id + " web skip map[80:1] (its label rdhpf.map=80=1: rdhpf.skip=true contradicts it)"},
 		{"networks, by name", nets(`"b":{"EndpointID":"e2","IPAddress":"172.19.0.2","Gateway":"172.19.0.1"},"a":{"EndpointID":"e1","IPAddress":"172.18.0.2","Gateway":""}`),
 			id + " web net=e1,172.18.0.2,none net=e2,172.19.0.2,172.19.0.1"},
 		{"a network without an address", nets(`"a":{"EndpointID":"","IPAddress":"","Gateway":""}`), id + " web net=,none,none"},
@@ -265,7 +283,7 @@ func checkList(t *testing.T, list []container) {
 			t.Errorf("forward %v of %+v", k, w)
 		}
 		checkPrintable(t, w.who(), k.local.String(), k.remote.String())
-		if w.noProbe && !slices.ContainsFunc(list, func(c container) bool { return c.id == w.id && c.noProbe }) {
+		if w.noProbe && !slices.ContainsFunc(list, func(c container) bool { return c.id == w.id && c.rules.noProbe }) {
 			t.Errorf("%v is not probed, and nobody said so", k)
 		}
 	}
@@ -371,6 +389,7 @@ func FuzzDecodeList(f *testing.F) {
 	f.Add([]byte(`[{"Id":"` + idLong + `","Ports":[{"IP":"::%x","PublicPort":1,"Type":"tcp"},{"IP":"::ffff:0.0.0.0","PublicPort":1,"Type":"tcp"}]}]`))
 	f.Add([]byte(`[{"Id":"` + idLong + `","Labels":{"rdhpf.probe":"false"},"NetworkSettings":{"Networks":{"a":{"EndpointID":"e","IPAddress":"10.0.0.1","Gateway":"fe80::1%x"},"b":null}}}]`))
 	f.Add([]byte(`[{"Id":"` + idLong + `","Names":["web"],"Labels":{"io.podman.compose.service":"s"},"Ports":[{"host_ip":"","container_port":80,"host_port":65534,"range":3,"protocol":"tcp"}]}]`))
+	f.Add([]byte(`[{"Id":"` + idLong + `","Labels":{"rdhpf.skip":"\u001b","rdhpf.map":"80=8080,443=x"},"Ports":[{"IP":"::","PublicPort":80,"Type":"tcp"}]}]`))
 	f.Add([]byte(`[null,{`))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		list, err := decodeList(bytes.NewReader(in))

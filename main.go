@@ -28,8 +28,12 @@ PORTS is a list of ports and ranges, such as 22,8000-8099.
 	-skip, -only PORTS    forward all ports but these, or only these
 	-bind ADDRESSES       listen on these addresses rather than 127.0.0.1,::1
 	-no-probe PORTS       never probe these ports to see whether they answer, for
-	                      programs that accept a single connection; the label
-	                      rdhpf.probe=false on a container does the same
+	                      programs that accept a single connection
+
+Labels on a container or compose service do the same for its ports: rdhpf.map=80=8080,443=8443
+(of published ports, or else of the container's own), rdhpf.skip=true, rdhpf.probe=false.
+Rules that contradict each other are not guessed at: such a port is not forwarded, and status
+says why.
 
 Run also serves the remote engine on a local socket, so that docker, compose and test
 libraries use it as if it were here; -no-docker-socket leaves that out. Env prints the

@@ -36,6 +36,7 @@ const (
 	reasonFrozen  = "container paused"
 	reasonRefused = "refused by the SSH server: administratively prohibited"
 	reasonGivenUp = "port already in use after 5 retry attempts"
+	reasonLabel   = "excluded by its label rdhpf.skip"
 )
 
 const (
@@ -60,9 +61,43 @@ type container struct {
 	paused  bool
 	hostNet bool
 	ingress bool // a Swarm service that publishes its ports through the routing mesh
-	noProbe bool // set by its label
+	rules   rules
 	ports   []port
 	nets    []network // sorted by name
+}
+
+// rules are what a container's labels say about its ports. They are checked and safe to print.
+type rules struct {
+	skip, noProbe bool
+	mapped        map[uint16]uint16 // port as published, or else the container's own -> local port
+	wrong         string            // what is wrong with the labels, in which case nothing is guessed; "" if nothing is
+}
+
+// local returns the local port that the rules have for a port of their container.
+func (ru *rules) local(p port, all []port) (uint16, bool) {
+	if to, ok := ru.mapped[p.public]; ok || slices.ContainsFunc(all, func(q port) bool { return q.public == p.private }) {
+		return to, ok
+	}
+	to, ok := ru.mapped[p.private]
+	return to, ok
+}
+
+// local returns the local address of a published port of the container, or the reason why it has none.
+func (ctr *container) local(cfg *config, p port) (netip.AddrPort, string) {
+	local, reason := cfg.local(p.public)
+	to, ruled := ctr.rules.local(p, ctr.ports)
+	switch set, isSet := cfg.mapped[p.public]; {
+	case reason != "":
+	case ctr.rules.wrong != "":
+		reason = ctr.rules.wrong
+	case ctr.rules.skip:
+		reason = reasonLabel
+	case ruled && isSet && set != to:
+		reason = fmt.Sprintf("-map has %d=%d, and its label rdhpf.map %d", p.public, set, to)
+	case ruled:
+		local = netip.AddrPortFrom(local.Addr(), to)
+	}
+	return local, reason
 }
 
 // port is one published port of a container.
@@ -128,7 +163,7 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 	inet4 := make(map[netip.AddrPort]bool) // local ports that lead to ports published on IPv4
 	for _, c := range list {
 		for _, p := range c.ports {
-			if local, reason := cfg.local(p.public); reason == "" && p.proto == "tcp" && p.ip.Is4() {
+			if local, reason := c.local(cfg, p); reason == "" && p.proto == "tcp" && p.ip.Is4() {
 				inet4[local] = true
 			}
 		}
@@ -146,7 +181,7 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 			if best[p.number()] != i {
 				continue
 			}
-			local, reason := cfg.local(p.public)
+			local, reason := c.local(cfg, p)
 			switch {
 			case p.proto != "tcp":
 				reason = "SSH carries TCP only"
@@ -162,7 +197,7 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 				continue
 			}
 			w := c.want(p, local)
-			w.noProbe = c.noProbe || has(cfg.noProbe, p.public)
+			w.noProbe = c.rules.noProbe || has(cfg.noProbe, p.public)
 			if _, taken := wants[w.key]; taken {
 				continue
 			}
@@ -171,6 +206,11 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 				continue
 			}
 			wants[w.key] = w
+		}
+		for _, public := range slices.Sorted(maps.Keys(c.rules.mapped)) {
+			if !slices.ContainsFunc(c.ports, func(p port) bool { return p.proto == "tcp" && (p.public == public || p.private == public) }) {
+				skip(port{public: public, proto: "tcp"}, "its label rdhpf.map names this port, which it does not publish")
+			}
 		}
 		if tooMany > 0 {
 			skip(port{proto: "tcp"}, fmt.Sprintf("%d of its ports: at most %d are forwarded; see -only", tooMany, maxForwards))
@@ -523,7 +563,7 @@ func (s *state) whyClosed(f *forward, wants map[key]want) string {
 func (s *state) noteSkipped(skipped []skippedPort) {
 	n := 0
 	for _, p := range skipped {
-		if p.Port != 0 && s.cfg.excludes(p.Port) || slices.Contains(s.skipped, p) {
+		if p.Reason == reasonLabel || p.Port != 0 && s.cfg.excludes(p.Port) || slices.Contains(s.skipped, p) {
 			continue
 		}
 		if n++; n > maxSkipNotes {

@@ -47,7 +47,7 @@ func frozen(c container) container {
 
 // unprobed is c with the label that forbids probes.
 func unprobed(c container) container {
-	c.noProbe = true
+	c.rules.noProbe = true
 	return c
 }
 
@@ -253,7 +253,7 @@ func up(c container, texts ...string) happening {
 		d.listed(d.now, []container{c})
 		d.plan()
 		for _, text := range texts {
-			if !c.noProbe {
+			if !c.rules.noProbe {
 				probes(text, probeAnswered)(d)
 			}
 			d.plan()
@@ -1836,7 +1836,7 @@ func newSimulation(t *testing.T, seed uint64) *simulation {
 		ip := []string{"0.0.0.0", "10.0.0.2", "::1"}[w.rng.IntN(3)]
 		a := netip.AddrPortFrom(netip.MustParseAddr(ip), uint16(8000+w.rng.IntN(4)))
 		c := simContainer{container: ctr(fmt.Sprintf("%012x", i+1), fmt.Sprintf("c%d", i), a.String())}
-		if c.noProbe = w.rng.IntN(6) == 0; w.rng.IntN(6) > 0 {
+		if c.rules.noProbe = w.rng.IntN(6) == 0; w.rng.IntN(6) > 0 {
 			c.nets = []network{}
 		}
 		w.made = append(w.made, c)
@@ -1875,6 +1875,11 @@ func TestDesired(t *testing.T) {
 		return port{a, 80, public, proto}
 	}
 	with := func(id string, ports ...port) container { return container{id: id, name: "n" + id[:1], ports: ports} }
+	ruled := func(ru rules, ports ...port) container {
+		c := with(idA, ports...)
+		c.rules = ru
+		return c
+	}
 	for _, c := range []struct {
 		name    string
 		cfg     config
@@ -1918,6 +1923,21 @@ func TestDesired(t *testing.T) {
 		{name: "UDP and TCP of one number", list: []container{with(idA, p("0.0.0.0", 53, "udp"), p("0.0.0.0", 53, "tcp"))},
 			wants: "53 na", skipped: "na 53/udp " + tooLittle},
 		{name: "no address", list: []container{with(idA, p("junk", 80, "tcp"))}, skipped: "na 80/tcp published on an invalid address"},
+		{name: "a label that maps", list: []container{ruled(rules{mapped: map[uint16]uint16{8080: 9090}}, p("0.0.0.0", 8080, "tcp"))}, wants: "9090>8080 na"},
+		{name: "a label that maps the container's own port", list: []container{ruled(rules{mapped: map[uint16]uint16{80: 9090}}, p("0.0.0.0", 32768, "tcp"))},
+			wants: "9090>32768 na"},
+		{name: "a label that maps one published port and not the container's own of another", list: []container{ruled(rules{mapped: map[uint16]uint16{80: 9090}},
+			p("0.0.0.0", 80, "tcp"), p("0.0.0.0", 8080, "tcp"))}, wants: "8080 na; 9090>80 na"},
+		{name: "a label that maps what is not published", list: []container{ruled(rules{mapped: map[uint16]uint16{81: 9090}}, p("0.0.0.0", 8080, "tcp"))},
+			wants: "8080 na", skipped: "na 81/tcp its label rdhpf.map names this port, which it does not publish"},
+		{name: "a label and -map that agree", cfg: config{mapped: map[uint16]uint16{8080: 9090}},
+			list: []container{ruled(rules{mapped: map[uint16]uint16{8080: 9090}}, p("0.0.0.0", 8080, "tcp"))}, wants: "9090>8080 na"},
+		{name: "a label and -map that contradict", cfg: config{mapped: map[uint16]uint16{8080: 9091}},
+			list:    []container{ruled(rules{mapped: map[uint16]uint16{80: 9090}}, p("0.0.0.0", 8080, "tcp"))},
+			skipped: "na 8080/tcp -map has 8080=9091, and its label rdhpf.map 9090"},
+		{name: "a label that skips", list: []container{ruled(rules{skip: true}, p("0.0.0.0", 8080, "tcp")), with(idB, p("0.0.0.0", 8080, "tcp"))}, wants: "8080 nb",
+			skipped: "na 8080/tcp excluded by its label rdhpf.skip"},
+		{name: "a label that is wrong", list: []container{ruled(rules{wrong: "wrong"}, p("0.0.0.0", 8080, "tcp"))}, skipped: "na 8080/tcp wrong"},
 		{name: "Swarm's routing mesh", list: []container{{id: idA, name: "na", ingress: true, ports: []port{p("0.0.0.0", 80, "tcp"), p("0.0.0.0", 53, "udp")}}},
 			skipped: "na 53/udp " + tooLittle + "; na 80/tcp published by Swarm's routing mesh"},
 		{name: "host network", list: []container{{id: idA, name: "na", hostNet: true}}, skipped: "na 0/tcp host network: the container publishes no ports"},

@@ -528,3 +528,40 @@ func TestE2EBusyForAMoment(t *testing.T) {
 	}
 	t.Skip("this machine is too busy to free a port in time")
 }
+
+// Labels on a container say where its ports go, and rdhpf port tells.
+func TestE2ELabels(t *testing.T) {
+	g := needRig(t)
+	port := freePorts(t, 4)
+	boot := func(host, private int, labels map[string]string) *box {
+		return g.bootSpec(t, boxSpec{args: []string{"-listen", strconv.Itoa(private)}, labels: labels, ports: []boxPort{{host: host, private: private}}})
+	}
+	mapped := boot(port, 81, map[string]string{"rdhpf.map": fmt.Sprintf("%d=%d", port, port+1)})
+	own := boot(0, 82, map[string]string{"rdhpf.map": fmt.Sprintf("82=%d", port+2), "com.docker.compose.service": "own"})
+	skipped := boot(port+3, 83, map[string]string{"rdhpf.skip": "true"})
+	wrong := boot(0, 84, map[string]string{"rdhpf.map": "84"})
+	p := startRun(t, g, "")
+	mapped.answers(port + 1)
+	own.answers(port + 2)
+	refuses(t, port)
+	refuses(t, port+3)
+	reasons := make(map[string]string)
+	for _, s := range p.status().Skipped {
+		reasons[s.Name] = s.Reason
+	}
+	if reasons[skipped.name] != "excluded by its label rdhpf.skip" || reasons[wrong.name] != "its label rdhpf.map=84: want PUBLISHED=LOCAL, such as 80=8080" {
+		t.Errorf("skipped: %v", reasons)
+	}
+	p.waitLine(wrong.name)
+	for _, c := range []struct {
+		args string
+		want int // local port
+	}{{mapped.name + " 81", port + 1}, {"own 82/tcp", port + 2}, {own.id + " 82", port + 2}} {
+		if out, errs, code := p.tell("port", strings.Fields(c.args)...); code != 0 || out != localAddr(c.want)+"\n" {
+			t.Errorf("port %s: %q, %q, %d", c.args, out, errs, code)
+		}
+	}
+	if out, errs, code := p.tell("port", skipped.name); code != 1 || out != "" || !strings.Contains(errs, "is not forwarded: excluded by its label") {
+		t.Errorf("port of what is skipped: %q, %q, %d", out, errs, code)
+	}
+}
