@@ -30,7 +30,7 @@ const (
 
 var (
 	// errSilent: something has the socket and does not answer.
-	errSilent = errors.New("no answer (stopped?)")
+	errSilent = errors.New("no answer")
 	// errForeign: what answers on the socket is not this version's protocol.
 	errForeign = errors.New("an rdhpf of another version has the socket")
 	// errUnhealthy ends the program with 1 when everything there is to say has been printed.
@@ -51,9 +51,17 @@ func dialInstance(path string) (*net.UnixConn, error) {
 	if errors.Is(err, syscall.EAGAIN) { // its backlog is full: it accepts no connections
 		return nil, errSilent
 	} else if err != nil {
-		return nil, err
+		return nil, silence(err)
 	}
 	return conn.(*net.UnixConn), nil
+}
+
+// silence returns errSilent for the end of a wait.
+func silence(err error) error {
+	if os.IsTimeout(err) {
+		return errSilent
+	}
+	return err
 }
 
 // call asks a running instance and decodes its answer into result.
@@ -73,7 +81,7 @@ func callContext(ctx context.Context, path, method string, result any) error {
 	if method != "status" {
 		// What takes long is preceded by what is answered at once, even if only by "Method not found".
 		if _, err := fmt.Fprintln(conn, `{"method":"ping"}`); err != nil {
-			return err
+			return silence(err)
 		}
 		if err := readReply(in, new(json.RawMessage)); err != nil && !errors.As(err, new(refusal)) {
 			return err
@@ -81,7 +89,7 @@ func callContext(ctx context.Context, path, method string, result any) error {
 		conn.SetDeadline(time.Now().Add(signOfLife + callTimeout))
 	}
 	if _, err := fmt.Fprintf(conn, `{"method":%q,"params":{}}`+"\n", method); err != nil {
-		return err
+		return silence(err)
 	}
 	return readReply(in, result)
 }
@@ -89,7 +97,7 @@ func callContext(ctx context.Context, path, method string, result any) error {
 // readReply reads one answer in the plain form into result, a pointer.
 func readReply(in *bufio.Reader, result any) error {
 	line, err := in.ReadBytes('\n')
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	if os.IsTimeout(err) {
 		return errSilent
 	} else if err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
@@ -191,7 +199,10 @@ func hostServedAt(source string, p paths) (host, error) {
 	snap, _, err := readState(p.state)
 	if err != nil {
 		snap = &snapshot{}
-		err = call(p.socket, "status", snap)
+		if err = call(p.socket, "status", snap); errors.Is(err, errSilent) {
+			pid, _, _ := lockedBy(p.lock)
+			err = errors.New(mute(pid))
+		}
 	}
 	var h host
 	if err == nil {
@@ -331,10 +342,18 @@ func foreign(p paths) error {
 	return fmt.Errorf("an rdhpf of another version%s is running for this host: stop it as that version says, or by a signal", who)
 }
 
+// mute says that a live instance does not answer, and what may help. pid is 0 if unknown.
+func mute(pid int) string {
+	if pid <= 0 {
+		return "rdhpf does not answer and may be stopped"
+	}
+	return fmt.Sprintf("rdhpf (pid %d) does not answer and may be stopped: kill -CONT %d continues it", pid, pid)
+}
+
 // unanswered says that a live instance could not be asked, and why.
 func unanswered(pid int, err error) error {
 	if errors.Is(err, errSilent) {
-		return fmt.Errorf("rdhpf (pid %d) is running but does not answer (stopped?)", pid)
+		return errors.New(mute(pid))
 	}
 	return fmt.Errorf("rdhpf (pid %d) is running but cannot be asked: %w", pid, err)
 }
@@ -400,7 +419,7 @@ func (t target) snapshot() (*snapshot, error) {
 	case r == nil || !r.Running:
 		return nil, notFound(cmp.Or(t.host, &host{}).String())
 	case r.Stale:
-		return nil, errors.New(strings.Join(r.warnings, " "))
+		return nil, errors.New(mute(r.PID))
 	}
 	return r.snapshot, nil
 }

@@ -123,6 +123,8 @@ func (t target) runningWithDocker() (*snapshot, error) {
 			return nil, &errNotRunning{noInstance}
 		case r == nil || !r.Running:
 			return nil, notFound(t.host.String())
+		case r.Stale:
+			return nil, errors.New(mute(r.PID))
 		case r.DockerSocket == "":
 			return nil, fmt.Errorf("the instance for %s does not serve the engine: it was started with -no-docker-socket", r.Host)
 		case r.RemoteDockerSocket != "" || r.Connection.State != connected || time.Now().After(end):
@@ -269,6 +271,8 @@ func readyFor(ctx context.Context, o runOptions, wait time.Duration) (*snapshot,
 			switch {
 			case s.err != nil:
 				last = s.err
+			case s.report.Stale:
+				last = errors.New(missingPorts(s.report, wish{})[0])
 			case s.report.Connection.State != connected:
 				last = errors.New(cmp.Or(s.report.Connection.LastError, s.report.Connection.State))
 			case s.report.DockerSocket == "" || s.report.RemoteDockerSocket != "":
@@ -281,10 +285,10 @@ func readyFor(ctx context.Context, o runOptions, wait time.Duration) (*snapshot,
 		}
 	}
 	if err := callContext(ctx, p.socket, "settle", new(json.RawMessage)); err != nil && !errors.As(err, new(refusal)) {
-		return nil, fmt.Errorf("waiting for the ports to open: %w", err)
+		return nil, fmt.Errorf("waiting for the ports to open: %w", unanswered(r.PID, err))
 	}
 	if wait > 0 {
-		if err := waitFor(ctx, p, &o.host, wait, nil, printer{w: io.Discard}); err != nil {
+		if err := waitFor(ctx, p, &o.host, wait, wish{}, printer{w: io.Discard}); err != nil {
 			return nil, err
 		}
 	}

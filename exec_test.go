@@ -198,6 +198,8 @@ func TestRunAroundWait(t *testing.T) {
 	i := startInstanceWith(t, dir, testHost, withDocker("/x.docker.sock", "/run/d.sock"))
 	args := []string{"run", "-host", testHost, "-quiet", "-wait", "10s", "--", "echo", "ran"}
 	rdhpf(t, dir, args...).is(t, 0, `ran\n`, "")
+	i.post(`{"connection": {"state": "connected"}, "docker_socket": "/x.docker.sock", "remote_docker_socket": "/run/d.sock"}`)
+	rdhpf(t, dir, args...).is(t, 0, `ran\n`, "") // it may be the command that starts containers
 	i.post(withDocker("/x.docker.sock", "/run/d.sock"))
 	i.post(tableForwards(conflict, reasonGivenUp))
 	args[5] = "100ms"

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -33,6 +34,12 @@ const (
 	noInstance   = "No running instance found. Start one with: rdhpf run -host ssh://user@host"
 	hostDefaults = "`HOST` the instance's host (default: docker's, else all)"
 )
+
+// wish is what `status -wait` waits for.
+type wish struct {
+	ports []uint16 // none: all
+	some  bool     // with none given, at least one has to be forwarded
+}
 
 // report is what `rdhpf status -json` prints: a snapshot, and how far to trust it.
 type report struct {
@@ -70,7 +77,7 @@ func (s *statusFlags) define(f *flag.FlagSet) {
 	f.StringVar(&s.host, "host", "", hostDefaults)
 	f.BoolVar(&s.out.asJSON, "json", false, "print one JSON object per instance")
 	f.BoolVar(&s.out.style.wide, "wide", false, "also show names, images, services, container ports, traffic")
-	f.BoolVar(&s.watch, "watch", false, "print again at each change")
+	f.BoolVar(&s.watch, "watch", false, "print again at each change; on a terminal q leaves")
 	f.Func("wait", "`TIME` wait up to this until the local ports, or all, are active", addTime(&s.wait))
 }
 
@@ -95,6 +102,8 @@ func (s *statusFlags) check(args []string) error {
 		return usageError{errors.New("-wait and -watch exclude each other")}
 	}
 	s.out.w = os.Stdout
+	s.out.style.columns, _ = terminalSize(os.Stdout)
+	s.out.style.whole = s.out.style.wide
 	s.out.style.colour = isTerminal(os.Stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 	return nil
 }
@@ -122,7 +131,7 @@ func (s *statusFlags) run() error {
 			return err
 		}
 		if s.wait != 0 {
-			return waitFor(ctx, p, t.host, s.wait, s.ports, s.out)
+			return waitFor(ctx, p, t.host, s.wait, wish{s.ports, true}, s.out)
 		}
 		return watchStatus(p, t.host, s.out)
 	}
@@ -207,10 +216,11 @@ func inspect(ctx context.Context, p paths, h *host) (*report, error) {
 		return withoutFiles(ctx, h, err)
 	case held && (r.Stale || errors.Is(asked, errSilent) || pid > 0 && pid != r.PID):
 		r.Stale = true
-		r.warnings = append(r.warnings, fmt.Sprintf("rdhpf (pid %d) is running but does not answer; this is what it wrote last.", pid))
+		who := "it"
 		if pid > 0 && pid != r.PID {
-			r.warnings[len(r.warnings)-1] = fmt.Sprintf("rdhpf (pid %d) is running but does not answer; this is what process %d wrote last.", pid, r.PID)
+			who = fmt.Sprintf("process %d", r.PID)
 		}
+		r.warnings = append(r.warnings, fmt.Sprintf("%s. This is what %s wrote last.", mute(pid), who))
 	}
 	return r, nil
 }
@@ -397,14 +407,12 @@ func (out printer) print(r *report) error {
 	return err
 }
 
-// isTerminal says whether f is one: only terminals have a size.
-func isTerminal(f *os.File) bool {
-	_, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
-	return err == nil
-}
-
 // tableStyle is how to print a table.
-type tableStyle struct{ wide, colour bool }
+type tableStyle struct {
+	wide, colour bool
+	columns      int  // of the terminal; 0: there is none, or its size is not known
+	whole        bool // nothing is cut, wherever the terminal wraps it
+}
 
 var statusColour = map[string]string{active: "\x1b[32m", conflict: "\x1b[31m", pending: "\x1b[33m"}
 
@@ -413,8 +421,36 @@ const (
 	stateColumn = 3
 )
 
+// narrowing is the order in which columns give up room where the terminal is too narrow, and what they keep at least. An
+// address loses its beginning, not its port.
+var narrowing = []struct{ column, least int }{
+	{5, 40}, {2, 12}, {1, 21}, {5, 16}, {1, 14}, {2, 10}, {5, 12}, {0, 6}, {1, 8}, {2, 6}, {5, 6}}
+
 // table returns a report as the table of its forwards, and below it what else there is to say.
 func table(r *report, now time.Time, style tableStyle) string {
+	var b strings.Builder
+	if len(r.Forwards) > 0 {
+		writeTable(&b, r, now, style)
+	} else if r.Connection.State == connected && len(r.Skipped) == 0 {
+		b.WriteString("No published ports.\n")
+	} else if r.Connection.State == connected {
+		b.WriteString("No forwarded ports.\n")
+	}
+	if style.wide && r.Running && r.DockerSocket != "" {
+		fmt.Fprintf(&b, "Docker socket: unix://%s\n", r.DockerSocket)
+	}
+	remarks(&b, r, now)
+	return b.String()
+}
+
+func writeTable(b *strings.Builder, r *report, now time.Time, style tableStyle) {
+	measure, limit := utf8.RuneCountInString, math.MaxInt
+	if style.columns > 0 {
+		measure = textColumns
+		if !style.whole {
+			limit = style.columns
+		}
+	}
 	rows := [][]string{{"CONTAINER ID", "LOCAL", "REMOTE", "STATE", "DURATION"}}
 	if style.wide {
 		rows[0] = append(rows[0], "NAME", "IMAGE", "SERVICE", "PORT", "VERIFIED", "CONNS", "OPEN", "IN", "OUT", "LAST USED")
@@ -423,36 +459,37 @@ func table(r *report, now time.Time, style tableStyle) string {
 	for i := range r.Forwards {
 		rows = append(rows, row(&r.Forwards[i], now, style.wide))
 	}
-	widths := make([]int, len(rows[0]))
-	for _, row := range rows {
-		for i, cell := range row {
-			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+	widths, total := make([]int, len(rows[0])), -gap
+	for i := range widths {
+		for _, row := range rows {
+			widths[i] = max(widths[i], measure(row[i]))
+		}
+		total += widths[i] + gap
+	}
+	if limit < total && !style.wide {
+		for _, n := range narrowing {
+			less := max(0, min(total-limit, widths[n.column]-n.least))
+			widths[n.column] -= less
+			total -= less
+		}
+		for _, row := range rows {
+			row[0], row[1], row[2], row[5] = cut(row[0], widths[0]), cutFront(row[1], widths[1]), cutFront(row[2], widths[2]), cut(row[5], widths[5])
 		}
 	}
-	var b strings.Builder
 	for n, row := range rows {
 		line := ""
 		for i, cell := range row {
-			blanks := widths[i] - utf8.RuneCountInString(cell) + gap
+			blanks := widths[i] - measure(cell) + gap
 			if colour := statusColour[cell]; style.colour && i == stateColumn && colour != "" {
 				cell = colour + cell + "\x1b[0m"
 			}
 			line += cell + strings.Repeat(" ", blanks)
 		}
-		b.WriteString(strings.TrimRight(line, " ") + "\n")
+		b.WriteString(cut(strings.TrimRight(line, " "), limit) + "\n")
 		if n == 0 {
-			total := -gap
-			for _, width := range widths {
-				total += width + gap
-			}
-			b.WriteString(strings.Repeat("-", total) + "\n")
+			b.WriteString(strings.Repeat("-", min(total, limit)) + "\n")
 		}
 	}
-	if style.wide && r.Running && r.DockerSocket != "" {
-		fmt.Fprintf(&b, "Docker socket: unix://%s\n", r.DockerSocket)
-	}
-	remarks(&b, r, now)
-	return b.String()
 }
 
 func row(f *forwardInfo, now time.Time, wide bool) []string {
@@ -578,21 +615,25 @@ func follow(ctx context.Context, p paths, h *host, out chan<- sight) {
 		case <-ctx.Done():
 		}
 	}
-	delay := pollEvery
+	delay, name := pollEvery, ""
+	if h != nil {
+		name = h.String()
+	}
 	for ctx.Err() == nil {
 		told, begun := false, time.Now()
 		err := subscribe(ctx, p.socket, func(snap *snapshot) {
-			told = true
+			told, name = true, snap.Host
 			send(sight{report: &report{snapshot: snap, Source: "socket", Running: true}})
 		})
-		if !told {
+		if !told || errors.Is(err, errSilent) {
 			// Whether lsof sees anything makes no difference here, and it is slow.
 			r, unknown := inspect(ctx, p, nil)
-			if r == nil && unknown == nil {
-				name := "this host"
-				if h != nil {
-					name = h.String()
-				}
+			switch {
+			case r != nil:
+				name = r.Host
+			case unknown == nil && name == "":
+				unknown = &errNotRunning{noInstance}
+			case unknown == nil:
 				unknown = notFound(name)
 			}
 			send(sight{r, unknown})
@@ -615,7 +656,7 @@ func isAbsent(err error) bool {
 }
 
 // waitFor returns nil as soon as the ports, or all of them, are active, and the instance has verified it.
-func waitFor(ctx context.Context, p paths, h *host, patience time.Duration, ports []uint16, out printer) error {
+func waitFor(ctx context.Context, p paths, h *host, patience time.Duration, want wish, out printer) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	sights := make(chan sight)
@@ -635,7 +676,7 @@ func waitFor(ctx context.Context, p paths, h *host, patience time.Duration, port
 		case s = <-sights:
 		}
 		if s.err == nil {
-			s = verified(ctx, p, s.report, ports)
+			s = verified(ctx, p, s.report, want)
 		}
 		if s.err == nil {
 			return out.report(s.report)
@@ -647,8 +688,8 @@ func waitFor(ctx context.Context, p paths, h *host, patience time.Duration, port
 }
 
 // verified returns a report of the ports being active that rests on fresh evidence, or why there is none.
-func verified(ctx context.Context, p paths, r *report, ports []uint16) sight {
-	if missing := missingPorts(r, ports); len(missing) > 0 {
+func verified(ctx context.Context, p paths, r *report, want wish) sight {
+	if missing := missingPorts(r, want); len(missing) > 0 {
 		return sight{err: errors.New(strings.Join(missing, "; "))}
 	}
 	snap := &snapshot{}
@@ -658,29 +699,31 @@ func verified(ctx context.Context, p paths, r *report, ports []uint16) sight {
 	case errors.As(err, &refused) && refused == noSuchMethod: // an older version, which has nothing better
 		return sight{report: r}
 	case err != nil:
-		return sight{err: fmt.Errorf("the ports look active, which cannot be verified: %w", err)}
+		return sight{err: fmt.Errorf("the ports look active, which cannot be verified: %w", unanswered(r.PID, err))}
 	}
 	snap.clean()
 	r = &report{snapshot: snap, Source: "socket", Running: true}
-	if missing := missingPorts(r, ports); len(missing) > 0 {
+	if missing := missingPorts(r, want); len(missing) > 0 {
 		return sight{err: errors.New(strings.Join(missing, "; "))}
 	}
 	return sight{report: r}
 }
 
-// missingPorts says what keeps the ports, or all if none are given, from being active.
-func missingPorts(r *report, ports []uint16) (missing []string) {
+// missingPorts says what keeps the ports that are wanted from being active.
+func missingPorts(r *report, want wish) (missing []string) {
 	switch {
 	case !r.Running:
 		return []string{"no instance is running"}
 	case r.Stale:
-		return []string{fmt.Sprintf("rdhpf (pid %d) is running but does not answer", r.PID)}
+		return []string{mute(r.PID)}
 	case r.Connection.State != connected:
 		text := "not connected to the remote host"
 		if r.Connection.LastError != "" {
 			text += ": " + r.Connection.LastError
 		}
 		missing = append(missing, text)
+	case want.some && len(want.ports) == 0 && len(r.Forwards) == 0:
+		return []string{"no port is forwarded, and -wait wants at least one"}
 	}
 	found := make(map[uint16]*forwardInfo)
 	for i := range r.Forwards {
@@ -689,14 +732,14 @@ func missingPorts(r *report, ports []uint16) (missing []string) {
 			found[f.LocalPort] = f
 		}
 	}
-	if len(ports) == 0 {
+	if len(want.ports) == 0 {
 		for i := range r.Forwards {
 			if f := &r.Forwards[i]; f.Status != active {
 				missing = append(missing, whyNot(f))
 			}
 		}
 	}
-	for _, port := range ports {
+	for _, port := range want.ports {
 		if f := found[port]; f == nil {
 			missing = append(missing, fmt.Sprintf("no container publishes %d", port))
 		} else if f.Status != active {
@@ -711,16 +754,26 @@ func whyNot(f *forwardInfo) string {
 	return fmt.Sprintf("%s is %s (%s)", f.local(), f.Status, f.Reason)
 }
 
-// watchStatus prints at each change until it is interrupted. On a terminal it has a screen of its own, on which long
-// lines are cut rather than wrapped, and which it redraws every second, for the durations.
+// watchStatus prints at each change until it is interrupted. On a terminal it has a screen of its own, which it redraws
+// every second, for the durations, and which q leaves, too.
 func watchStatus(p paths, h *host, out printer) error {
-	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	defer stop()
-	screen := isTerminal(os.Stdout) && !out.asJSON
-	if screen {
-		fmt.Fprint(out.w, "\x1b[?1049h\x1b[?25l\x1b[?7l")
-		defer fmt.Fprint(out.w, "\x1b[?7h\x1b[?25h\x1b[?1049l")
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	signals, gone, keys := make(chan os.Signal, 8), make(chan struct{}), make(chan byte)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	var own *screen
+	if isTerminal(os.Stdout) && !out.asJSON {
+		signal.Notify(signals, unix.SIGQUIT, unix.SIGTSTP, unix.SIGCONT, unix.SIGWINCH)
+		own, out.style.whole = &screen{w: out.w}, false
+		defer own.leave()
+		if err := own.draw("", true); err != nil {
+			return err
+		}
+		if isTerminal(os.Stdin) {
+			go readKeys(os.Stdin, keys)
+		}
 	}
+	go awaitHangup(os.Stdout, gone)
 	sights := make(chan sight)
 	go follow(ctx, p, h, sights)
 	tick := time.NewTicker(time.Second)
@@ -729,18 +782,37 @@ func watchStatus(p paths, h *host, out printer) error {
 	var shown string
 	for {
 		var err error
+		again := false
 		select {
-		case <-ctx.Done():
+		case <-gone:
 			return nil
+		case key := <-keys:
+			if key == 'q' {
+				return nil
+			}
+			continue
+		case sig := <-signals:
+			switch sig {
+			case unix.SIGTSTP:
+				own.suspend()
+				tick.Reset(time.Second) // long after the stop, unless there is none
+				continue
+			case unix.SIGCONT:
+				again = true
+			case unix.SIGWINCH:
+			default:
+				return nil
+			}
 		case s = <-sights:
-			if key := keyOf(s); !screen && key != shown {
+			if key := keyOf(s); own == nil && key != shown {
 				shown = key
 				err = printSight(out, s)
 			}
 		case <-tick.C:
+			again = own != nil && !own.on
 		}
-		if screen {
-			err = draw(out, s)
+		if own != nil {
+			err = own.draw(watchText(s, out.style), again)
 		}
 		if errors.Is(err, unix.EPIPE) {
 			return nil
@@ -777,23 +849,18 @@ func printSight(out printer, s sight) error {
 	return nil
 }
 
-// draw redraws the screen, as much as there is room for.
-func draw(out printer, s sight) error {
-	text := ""
+// watchText is what the screen shows.
+func watchText(s sight, style tableStyle) string {
 	switch {
 	case s.err != nil:
-		text = s.err.Error()
-	case s.report != nil:
-		text = fmt.Sprintf("%s  %s\n\n", s.report.Host, time.Now().Format(time.TimeOnly))
-		for _, warning := range s.report.warnings {
-			text += "Warning: " + warning + "\n"
-		}
-		text += table(s.report, time.Now(), out.style)
+		return s.err.Error()
+	case s.report == nil:
+		return ""
 	}
-	lines := strings.Split(strings.TrimRight(text, "\n"), "\n")
-	if size, err := unix.IoctlGetWinsize(int(os.Stdout.Fd()), unix.TIOCGWINSZ); err == nil && size.Row > 0 && len(lines) > int(size.Row) {
-		lines = append(lines[:size.Row-1], "…")
+	text := fmt.Sprintf("%s  %s\n\n", s.report.Host, time.Now().Format(time.TimeOnly))
+	for _, warning := range s.report.warnings {
+		text += "Warning: " + warning + "\n"
 	}
-	_, err := fmt.Fprint(out.w, "\x1b[H"+strings.Join(lines, "\x1b[K\r\n")+"\x1b[K\x1b[J")
-	return err
+	style.columns, _ = terminalSize(os.Stdout)
+	return text + table(s.report, time.Now(), style)
 }

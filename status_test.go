@@ -352,7 +352,8 @@ const (
 	tableActive = tableHead + `abc123def456 +127\.0\.0\.1:8080 +8080 +active +(1m3\ds|1m[45]\ds|2m\d+s)\n`
 	oldWarning  = `Warning: State file is (\d+m)?\d+s old\. rdhpf may not be running\.\n`
 	deadWarning = `Warning: No rdhpf is running for this host: process \d+ has ended; this is what it wrote last\.\n`
-	muteWarning = `Warning: rdhpf \(pid \d+\) is running but does not answer; this is what it wrote last\.\n`
+	muteText    = `rdhpf \(pid (\d+)\) does not answer and may be stopped: kill -CONT \d+ continues it`
+	muteWarning = `Warning: ` + muteText + `\. This is what it wrote last\.\n`
 )
 
 func TestStatusFallback(t *testing.T) {
@@ -409,7 +410,7 @@ func TestStatusFallback(t *testing.T) {
 			rdhpf(t, dir, status...).is(t, 1, tableActive, muteWarning)
 		}
 		t.Run("asked", func(t *testing.T) { // all at once, for each takes 2 s
-			for _, args := range [][]string{{"status"}, asJSON, {"health"}, {"pause"}, {"resume"}, {"reload"}, {"stop"}} {
+			for _, args := range [][]string{{"status"}, asJSON, {"health"}, {"pause"}, {"resume"}, {"reload"}, {"stop"}, {"env"}, {"port", "web"}} {
 				t.Run(strings.Join(args, " "), func(t *testing.T) {
 					t.Parallel()
 					begun := time.Now()
@@ -418,27 +419,27 @@ func TestStatusFallback(t *testing.T) {
 						t.Errorf("it took %v", took)
 					}
 					switch {
-					case len(args) > 1:
+					case args[len(args)-1] == "-json":
 						if r := a.trust(t, 1, "file", true, true); len(r.Forwards) != 1 {
 							t.Errorf("it says %+v", r)
 						}
 					case args[0] == "status":
 						a.is(t, 1, `ssh://me@box\.invalid\n`+tableActive, muteWarning)
 					default:
-						a.is(t, 1, "", fmt.Sprintf(`rdhpf: rdhpf \(pid %d\) is running but does not answer \(stopped\?\)\n`, i.cmd.Process.Pid))
+						a.is(t, 1, "", fmt.Sprintf(`rdhpf: rdhpf \(pid %[1]d\) does not answer and may be stopped: kill -CONT %[1]d continues it\n`, i.cmd.Process.Pid))
 					}
 				})
 			}
 		})
 		i.rewrite(func(s *snapshot) { s.PID = 1 })
 		rdhpf(t, dir, status...).is(t, 1, tableActive,
-			fmt.Sprintf(`Warning: rdhpf \(pid %d\) is running but does not answer; this is what process 1 wrote last\.\n`, i.cmd.Process.Pid))
+			fmt.Sprintf(`Warning: rdhpf \(pid %[1]d\) does not answer and may be stopped: kill -CONT %[1]d continues it\. This is what process 1 wrote last\.\n`, i.cmd.Process.Pid))
 	})
 	t.Run("another host's file", func(t *testing.T) {
 		i.signal(syscall.SIGSTOP)
 		defer i.signal(syscall.SIGCONT)
 		i.rewrite(func(s *snapshot) { s.Host = "ssh://you@elsewhere" })
-		rdhpf(t, dir, status...).is(t, 1, "", `rdhpf: rdhpf \(pid \d+\) is running but does not answer \(stopped\?\); [^\n]*is of another host, ssh://you@elsewhere\n`)
+		rdhpf(t, dir, status...).is(t, 1, "", `rdhpf: `+muteText+`; [^\n]*is of another host, ssh://you@elsewhere\n`)
 		rdhpf(t, dir, "status").is(t, 1, "", `[^\n]*is of another host, ssh://you@elsewhere\n`)
 	})
 	i.kill()
@@ -825,7 +826,7 @@ func TestHealthCommand(t *testing.T) {
 	i.post(`{"connection": {"state": "reconnecting", "last_error": "ssh: gone"}}`)
 	rdhpf(t, dir, "health").is(t, 1, `down: 0 active, .*\n  reconnecting: ssh: gone\n`, "")
 	rdhpf(t, dir, "health", "-json").is(t, 1, `\{"status":"down","reasons":\["reconnecting: ssh: gone"\].*`, "")
-	rdhpf(t, dir, "status").is(t, 0, `ssh://me@box\.invalid\n`+tableHead+`Not connected: reconnecting for .*: ssh: gone\n`, "")
+	rdhpf(t, dir, "status").is(t, 0, `ssh://me@box\.invalid\nNot connected: reconnecting for .*: ssh: gone\n`, "")
 	i.kill()
 	rdhpf(t, dir, "health").is(t, 3, "", `No running instance found.*`)
 	rdhpf(t, dir, "health", "-json").is(t, 3, "", `No running instance found.*`)
@@ -912,6 +913,12 @@ func TestTable(t *testing.T) {
 		f[2].LocalAddress, f[2].LocalPort, f[2].RemoteAddress = "0.0.0.0", 13000, "fe80::1%eth0"
 	})
 	hostile := with(func(r *report) { r.snapshot = hostileSnapshot() })
+	long := with(func(r *report) {
+		f := r.Forwards
+		f[0].LocalAddress, f[0].RemoteAddress = "2001:db8:1234:5678:9abc:def0:1234:5678", "fd00:dead:beef::2"
+		f[1].Reason = reasonGivenUp + " (held by データベース, pid 4242)"
+		f[2].Reason, f[2].ContainerName = "café\u0301: 日本語の理由はここに書いてある、長い", "日本"
+	})
 	for _, c := range []struct {
 		name   string
 		report *report
@@ -962,6 +969,15 @@ func TestTable(t *testing.T) {
 				Warnings: []string{}, Skipped: []skippedPort{},
 				Forwards: []forwardInfo{{ContainerID: "unknown", LocalPort: 8080, LocalAddress: "127.0.0.1", RemoteAddress: "127.0.0.1", Status: active}}}
 		}), tableStyle{wide: true}},
+		{"terminal-120", long, tableStyle{columns: 120}},
+		{"terminal-80", long, tableStyle{columns: 80, colour: true}},
+		{"terminal-40", long, tableStyle{columns: 40, colour: true}},
+		{"terminal-1", long, tableStyle{columns: 1}},
+		{"terminal-wide", long, tableStyle{columns: 80, wide: true, whole: true}},
+		{"terminal-wide-cut", long, tableStyle{columns: 80, wide: true, colour: true}},
+		{"none-forwarded", with(func(r *report) {
+			r.Forwards, r.Skipped = nil, []skippedPort{{"0123456789ab", "dns", 53, "udp", "SSH carries TCP only"}}
+		}), tableStyle{}},
 		{"clock-behind", with(func(r *report) { r.Forwards[0].CreatedAt = tableNow.Add(time.Hour) }), tableStyle{}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -971,6 +987,9 @@ func TestTable(t *testing.T) {
 			for _, line := range strings.Split(b.String(), "\n") {
 				if strings.TrimRight(line, " ") != line {
 					t.Errorf("%q ends with spaces", line)
+				}
+				if n := textColumns(line); c.style.columns > 0 && !c.style.whole && n > c.style.columns {
+					t.Errorf("%q takes %d columns", line, n)
 				}
 			}
 		})
@@ -1128,30 +1147,34 @@ func TestMissingPorts(t *testing.T) {
 		name   string
 		report *report
 		ports  []uint16
+		some   bool
 		want   string
 	}{
-		{"all", up(func(*report) {}), nil, db + "; 127.0.0.1:3000 is pending (port not responding)"},
-		{"active ones", up(func(*report) {}), []uint16{8080}, ""},
-		{"some", up(func(*report) {}), []uint16{8080, 5432, 9999}, db + "; no container publishes 9999"},
-		{"none published", up(func(r *report) { r.Forwards = nil }), nil, ""},
-		{"none published of those", up(func(r *report) { r.Forwards = nil }), []uint16{80}, "no container publishes 80"},
-		{"all active", up(func(r *report) { r.Forwards = r.Forwards[:1] }), nil, ""},
-		{"two of one port, one active", up(func(r *report) { r.Forwards[1].LocalPort = 8080 }), []uint16{8080}, ""},
+		{"all", up(func(*report) {}), nil, false, db + "; 127.0.0.1:3000 is pending (port not responding)"},
+		{"active ones", up(func(*report) {}), []uint16{8080}, false, ""},
+		{"some", up(func(*report) {}), []uint16{8080, 5432, 9999}, false, db + "; no container publishes 9999"},
+		{"none published", up(func(r *report) { r.Forwards = nil }), nil, false, ""},
+		{"none published, one wanted", up(func(r *report) { r.Forwards = nil }), nil, true, "no port is forwarded, and -wait wants at least one"},
+		{"not connected, one wanted", up(func(r *report) { r.Connection, r.Forwards = connection{State: connecting}, nil }), nil, true,
+			"not connected to the remote host"},
+		{"none published of those", up(func(r *report) { r.Forwards = nil }), []uint16{80}, false, "no container publishes 80"},
+		{"all active", up(func(r *report) { r.Forwards = r.Forwards[:1] }), nil, false, ""},
+		{"two of one port, one active", up(func(r *report) { r.Forwards[1].LocalPort = 8080 }), []uint16{8080}, false, ""},
 		{"two of one port, the other active", up(func(r *report) {
 			r.Forwards[0], r.Forwards[1] = r.Forwards[1], r.Forwards[0]
 			r.Forwards[0].LocalPort = 8080
-		}), []uint16{8080}, ""},
-		{"not connected yet", up(func(r *report) { r.Connection, r.Forwards = connection{State: connecting}, nil }), nil,
+		}), []uint16{8080}, false, ""},
+		{"not connected yet", up(func(r *report) { r.Connection, r.Forwards = connection{State: connecting}, nil }), nil, false,
 			"not connected to the remote host"},
 		{"reconnecting", up(func(r *report) {
 			r.Connection = connection{State: reconnecting, LastError: "ssh: gone"}
 			r.Forwards = r.Forwards[2:]
 			r.Forwards[0].Reason = reasonLost
-		}), []uint16{3000}, "not connected to the remote host: ssh: gone; 127.0.0.1:3000 is pending (ssh connection lost, reconnecting)"},
-		{"dead", up(func(r *report) { r.Running, r.Stale = false, true }), []uint16{8080}, "no instance is running"},
-		{"stale", up(func(r *report) { r.Stale = true }), []uint16{8080}, "rdhpf (pid 12345) is running but does not answer"},
+		}), []uint16{3000}, false, "not connected to the remote host: ssh: gone; 127.0.0.1:3000 is pending (ssh connection lost, reconnecting)"},
+		{"dead", up(func(r *report) { r.Running, r.Stale = false, true }), []uint16{8080}, false, "no instance is running"},
+		{"stale", up(func(r *report) { r.Stale = true }), []uint16{8080}, false, "rdhpf (pid 12345) does not answer and may be stopped: kill -CONT 12345 continues it"},
 	} {
-		if got := strings.Join(missingPorts(c.report, c.ports), "; "); got != c.want {
+		if got := strings.Join(missingPorts(c.report, wish{c.ports, c.some}), "; "); got != c.want {
 			t.Errorf("%s:\n got %s\nwant %s", c.name, got, c.want)
 		}
 	}
@@ -1211,14 +1234,24 @@ func TestStatusWait(t *testing.T) {
 		i.post(tableForwards(active, ""))
 		end().is(t, 0, tableActive, "")
 	})
+	t.Run("until there is one", func(t *testing.T) {
+		dir := stateFolder(t)
+		i := startInstance(t, dir, testHost)
+		i.post(`{"connection": {"state": "connected"}}`)
+		rdhpf(t, dir, "status").is(t, 0, `ssh://me@box\.invalid\nNo published ports\.\n`, "")
+		rdhpf(t, dir, "status", "-wait", "1s").is(t, 1, "", `rdhpf: after 1s: no port is forwarded, and -wait wants at least one\n`)
+		end := begin(t, dir, "-wait", "25s")
+		i.post(tableForwards(active, ""))
+		end().is(t, 0, tableActive, "")
+	})
 	t.Run("stopped", func(t *testing.T) {
 		dir := stateFolder(t)
 		i := startInstance(t, dir, testHost)
 		i.signal(syscall.SIGSTOP)
 		defer i.signal(syscall.SIGCONT)
 		ends := []func() answer{begin(t, dir, "-wait", "1s"), begin(t, dir, "-wait", "6s", "8080")}
-		ends[0]().is(t, 1, "", `rdhpf: after 1s: rdhpf \(pid \d+\) is running but does not answer \(stopped\?\)\n`)
-		ends[1]().is(t, 1, "", `rdhpf: after 6s: rdhpf \(pid \d+\) is running but does not answer\n`)
+		ends[0]().is(t, 1, "", `rdhpf: after 1s: `+muteText+`\n`)
+		ends[1]().is(t, 1, "", `rdhpf: after 6s: `+muteText+`\n`)
 	})
 	t.Run("in vain", func(t *testing.T) {
 		live, dead, empty := stateFolder(t), stateFolder(t), stateFolder(t)
@@ -1318,7 +1351,7 @@ func (w *watcher) interrupt(sig syscall.Signal) {
 // awaitNone waits until it says that there is no instance.
 func (w *watcher) awaitNone() {
 	w.t.Helper()
-	for !strings.Contains(w.line(w.stderr), "No running instance found for ") {
+	for w.line(w.stderr) != "No running instance found for "+testHost+". Start one with: rdhpf run -host "+testHost {
 	}
 }
 
@@ -1388,7 +1421,7 @@ func TestWatchText(t *testing.T) {
 	i.end()
 	w.awaitNone()
 	startInstance(t, dir, testHost)
-	answer{stdout: block()}.is(t, 0, tableHead+`(abc123def456 .*active[^\n]*|Not connected: connecting for [^\n]*)\n`, "")
+	answer{stdout: block()}.is(t, 0, `(`+tableHead+`abc123def456 .*active[^\n]*|Not connected: connecting for [^\n]*)\n`, "")
 	w.cmd.Process.Kill()
 	w.rest()
 	rdhpf(t, stateFolder(t), "status", "-watch").is(t, 3, "", `No running instance found\. .*`)
@@ -1398,6 +1431,30 @@ func TestWatchText(t *testing.T) {
 type terminal struct {
 	t      *testing.T
 	socket string
+}
+
+// openTerminal waits for the shell's prompt. The program is ./rdhpf there, with the instances of dir.
+func openTerminal(t *testing.T, dir string, columns, rows int) *terminal {
+	t.Helper()
+	needTool(t, "tmux")
+	needTool(t, "bash")
+	script := "#!/bin/sh\nexec env -i PATH=\"$PATH\" TERM=xterm-256color HOME=/nonexistent RDHPF_TEST_MAIN=1 GORACE=atexit_sleep_ms=10 RDHPF_DIR='" +
+		dir + "' '" + testExe + "' \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(dir, "rdhpf"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	m := &terminal{t, filepath.Join(dir, "tmux")}
+	m.tmux("new-session", "-d", "-x", fmt.Sprint(columns), "-y", fmt.Sprint(rows), "cd '"+dir+"' && PS1='prompt> ' HISTFILE= exec bash --norc --noprofile -i")
+	t.Cleanup(func() { exec.Command("tmux", "-S", m.socket, "kill-server").Run() })
+	m.shows("a prompt", func(s string) bool { return strings.HasPrefix(s, "prompt>") })
+	return m
+}
+
+// types types a line.
+func (m *terminal) types(line string) {
+	m.t.Helper()
+	m.tmux("send-keys", "-l", line)
+	m.tmux("send-keys", "Enter")
 }
 
 func (m *terminal) tmux(args ...string) string {
@@ -1435,18 +1492,9 @@ func (m *terminal) flag(name string) string {
 }
 
 func TestWatchScreen(t *testing.T) {
-	needTool(t, "tmux")
 	dir := stateFolder(t)
 	i := startInstance(t, dir, testHost)
-	script := "#!/bin/sh\nexec env -i PATH=\"$PATH\" TERM=xterm-256color HOME=/nonexistent RDHPF_TEST_MAIN=1 GORACE=atexit_sleep_ms=10 RDHPF_DIR='" +
-		dir + "' '" + testExe + "' \"$@\"\n"
-	if err := os.WriteFile(filepath.Join(dir, "rdhpf"), []byte(script), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	m := &terminal{t, filepath.Join(dir, "tmux")}
-	m.tmux("new-session", "-d", "-x", "100", "-y", "12", "cd '"+dir+"' && PS1='prompt> ' exec sh -i")
-	t.Cleanup(func() { exec.Command("tmux", "-S", m.socket, "kill-server").Run() })
-	m.shows("a prompt", func(s string) bool { return strings.HasPrefix(s, "prompt>") })
+	m := openTerminal(t, dir, 100, 12)
 	m.tmux("send-keys", "echo earlier; echo work", "Enter")
 	m.shows("earlier work", func(s string) bool { return strings.HasSuffix(s, "earlier\nwork\nprompt>") })
 	watch := "./rdhpf status -watch; echo status=$?"
@@ -1455,7 +1503,7 @@ func TestWatchScreen(t *testing.T) {
 	m.tmux("send-keys", "Enter")
 	head := func(s string) bool {
 		lines := strings.Split(s, "\n")
-		return len(lines) > 3 && strings.HasPrefix(lines[0], testHost+"  ") && lines[1] == "" && strings.HasPrefix(lines[2], "CONTAINER ID") &&
+		return len(lines) > 3 && strings.HasPrefix(lines[0], testHost+"  ") && lines[1] == "" && regexp.MustCompile(`^CONTA(INER ID|…) +LOCAL`).MatchString(lines[2]) &&
 			strings.HasPrefix(lines[3], "----")
 	}
 	first := m.shows("a screen of its own", func(s string) bool {
@@ -1499,5 +1547,34 @@ func TestWatchScreen(t *testing.T) {
 	}
 	if alternate, cursor := m.flag("alternate_on"), m.flag("cursor_flag"); alternate != "0" || cursor != "1" {
 		t.Errorf("after it: alternate screen %s, cursor %s", alternate, cursor)
+	}
+}
+
+// A reader that has seen enough ends a watch before anything changes.
+func TestWatchPipe(t *testing.T) {
+	dir := stateFolder(t)
+	startInstance(t, dir, testHost)
+	for _, args := range [][]string{nil, {"-json"}} {
+		cmd := program(dir, append([]string{"status", "-watch"}, args...)...)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+			t.Errorf("%q, %v", line, err)
+		}
+		out.Close()
+		ended := make(chan error, 1)
+		go func() { ended <- cmd.Wait() }()
+		select {
+		case <-ended: // by SIGPIPE, if it was still printing
+		case <-time.After(patience):
+			t.Errorf("%q: it does not end", args)
+			cmd.Process.Kill()
+			<-ended
+		}
 	}
 }

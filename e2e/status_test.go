@@ -320,6 +320,12 @@ func TestE2EWaitForAStart(t *testing.T) {
 	}()
 	p.start()
 	p.waitLine("connected to ")
+	if out, errs, code := p.tell("status"); code != 0 || out != "No published ports.\n" {
+		t.Errorf("status without a container: %d, %q, %q", code, out, errs)
+	}
+	if _, errs, code := p.tell("status", "-wait", "300ms"); code != 1 || !strings.Contains(errs, "no port is forwarded, and -wait wants at least one") {
+		t.Errorf("status -wait without a container: %d, %q", code, errs)
+	}
 	b := g.boot(t, port)
 	if r := <-done; r.code != 0 || !strings.Contains(r.out, b.id[:12]) {
 		t.Errorf("status -wait: %+v", r)
@@ -345,7 +351,7 @@ func TestE2EInstanceStopped(t *testing.T) {
 		if waited := time.Since(began); waited > soon {
 			t.Errorf("%v takes %v", args, waited)
 		}
-		if code != 1 || !strings.Contains(out+errs, "does not answer") {
+		if helps := fmt.Sprintf("(pid %[1]d) does not answer and may be stopped: kill -CONT %[1]d", p.cmd.Process.Pid); code != 1 || !strings.Contains(errs, helps) {
 			t.Errorf("%v ends with %d: %q, %q", args, code, out, errs)
 		}
 		if strings.Contains(out, active) && !strings.Contains(errs, "does not answer") {
@@ -353,7 +359,7 @@ func TestE2EInstanceStopped(t *testing.T) {
 		}
 	}
 	for _, args := range [][]string{{"status"}, {"status", "-wide"}, {"status", "-json"}, {"status", "-wait", "2s"},
-		{"status", "-wait", "2s", fmt.Sprint(port)}, {"health"}, {"health", "-json"}} {
+		{"status", "-wait", "2s", fmt.Sprint(port)}, {"health"}, {"health", "-json"}, {"env"}} {
 		check(args...)
 	}
 	if r := p.status(); !r.Running || !r.Stale || r.Source == "socket" || r.PID != p.cmd.Process.Pid {
