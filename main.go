@@ -4,7 +4,7 @@ Rdhpf forwards the ports that containers publish on a remote Docker host to loca
 Usage:
 
 	rdhpf run [-host HOST] [-map PUBLISHED=LOCAL,…] [-skip PORTS] [-only PORTS] [-no-probe PORTS]
-	          [-bind ADDRESSES] [-no-docker-socket] [-retry]
+	          [-bind ADDRESSES] [-no-docker-socket] [-retry] [-detach]
 	          [-quiet] [-log-level debug|info|warn|error] [-log-format text|json]
 	rdhpf run [-wait TIME] [other flags] -- COMMAND [ARGUMENT…]
 	rdhpf env [-host HOST] [-shell sh|fish] [-json] [-unset]
@@ -119,6 +119,7 @@ func main() {
 const usage = `rdhpf forwards the published ports of a remote Docker host to localhost.
 
   rdhpf run -host ssh://user@host   forward ports until interrupted
+  rdhpf run -detach -host …         the same in the background, until rdhpf stop
   rdhpf run -- COMMAND              run a command that uses the remote engine and its ports
   rdhpf env                         print the variables with which docker uses the remote engine
   rdhpf status                      show what is forwarded, and why something is not
@@ -230,6 +231,7 @@ func parseRunFlags(args []string) (r runFlags, err error) {
 	f.Func("no-probe", "never probe these `ports`, for programs that accept a single connection", addRanges(&r.flags.noProbe))
 	noDocker := f.Bool("no-docker-socket", false, "do not serve the remote engine on a local socket")
 	f.BoolVar(&r.retry, "retry", false, "keep trying when the first connection fails")
+	f.BoolVar(&r.detach, "detach", false, "run in the background; return once connected")
 	f.DurationVar(&r.wait, "wait", 0, "before running a command, wait up to this `time` until all ports are active")
 	f.TextVar(&r.level, "log-level", slog.LevelInfo, "print messages of this `level` and above: debug, info, warn or error")
 	f.StringVar(&r.format, "log-format", "text", "`format` of the messages: text or json")
@@ -246,6 +248,8 @@ func parseRunFlags(args []string) (r runFlags, err error) {
 		err = fmt.Errorf("unexpected argument %q: see rdhpf run -h (a command to run follows --)", f.Arg(0))
 	case isCommand && f.NArg() == 0:
 		err = errors.New("-- is followed by no command")
+	case isCommand && r.detach:
+		err = errors.New("-detach and a command exclude each other: with a command, rdhpf runs as long as it does")
 	case !isCommand && r.wait != 0:
 		err = errors.New("-wait needs a command to run: rdhpf run -wait 30s -- COMMAND")
 	case r.wait < 0:
@@ -272,9 +276,12 @@ func runCommand(args []string) error {
 	if err != nil {
 		return err
 	}
+	if r.detach && os.Getenv(detachedVar) == "" {
+		return detach(r, args)
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	log, end := newLogger(os.Stderr, r.level, r.format, func(error) {
+	log, end := newLogger(r.stderr(), r.level, r.format, func(error) {
 		if r.command == nil {
 			stop()
 		}
