@@ -63,6 +63,7 @@ and 3 if there is no running instance.
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -71,6 +72,8 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"regexp"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -159,19 +162,33 @@ func command(args []string) error {
 	return usageError{fmt.Errorf("unknown command %q: see rdhpf help", args[0])}
 }
 
-// version returns the version recorded in the build info.
+// archived is the tag and the commit that git archive fills in, see .gitattributes.
+const archived = "$Format:%(describe:tags=true,abbrev=12) %H$"
+
+// version returns the tag, the commit and the Go version this was built from, such as "v1.2.3 (0123456789ab) go1.26.0".
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := strings.Trim(info.Main.Version, "()")
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && len(s.Value) >= 12 && v == "devel" {
-			v += " " + s.Value[:12]
+	v, commit, _ := strings.Cut(archived, " ")
+	if info, ok := debug.ReadBuildInfo(); ok && strings.HasPrefix(archived, "$") {
+		v, commit = info.Main.Version, ""
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				commit = s.Value
+			}
 		}
 	}
-	return v + " " + info.GoVersion
+	v, dirty := strings.CutSuffix(v, "+dirty")
+	// Behind a tag, git describes a commit as v1.2.3-4-g0123456789ab, and Go as v1.2.4-0.20060102150405-0123456789ab.
+	if behind := regexp.MustCompile(`[-.]\d+-g?([0-9a-f]{12,})$`).FindStringSubmatch(v); behind != nil {
+		v, commit = "", behind[1]
+	}
+	v = cmp.Or(strings.Trim(v, "()"), "devel")
+	if dirty {
+		v += "+dirty"
+	}
+	if commit != "" {
+		v += " (" + commit[:12] + ")"
+	}
+	return v + " " + runtime.Version()
 }
 
 // parseFlags parses the command line of a command that takes only flags.

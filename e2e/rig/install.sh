@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# rig install: the packages a rig needs, and podman, which some tests run beside it.
+# rig install: the packages a rig needs, and podman and systemd-analyze, which some tests run beside it.
 
 cmd_install() {
 	local missing pkgs=() t policy=/usr/sbin/policy-rc.d
-	missing=$(missing_tools podman)
+	missing=$(missing_tools podman systemd-analyze)
 	if [[ -z $missing ]]; then
 		say "nothing is missing"
 		return
@@ -26,6 +26,7 @@ cmd_install() {
 		nsenter | setpriv) pkgs+=(util-linux) ;;
 		nc) pkgs+=(netcat-openbsd) ;;
 		ps) pkgs+=(procps) ;;
+		systemd-analyze) pkgs+=(systemd) ;;
 		*) pkgs+=("$t") ;;
 		esac
 	done
@@ -43,6 +44,6 @@ cmd_install() {
 		"${apt[@]}" install -y --no-install-recommends "${pkgs[@]}" >&2
 	fi
 	hash -r
-	missing=$(missing_tools podman)
+	missing=$(missing_tools podman systemd-analyze)
 	[[ -z $missing ]] || die "still missing: $missing"
 }
