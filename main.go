@@ -28,6 +28,8 @@ PORTS is a list of ports and ranges, such as 22,8000-8099.
 	-no-probe PORTS       never probe these ports to see whether they answer, for
 	                      programs that accept a single connection; the label
 	                      rdhpf.probe=false on a container does the same
+	-detach               go on in the background once connected; what is said
+	                      from then on is in a .log file
 
 Run also serves the remote engine on a local socket, so that docker, compose and test
 libraries use it as if it were here; -no-docker-socket leaves that out. Env prints the
