@@ -24,6 +24,7 @@ import (
 type paths struct {
 	dir, lock, state, socket, control string
 	docker, engine                    string // the engine's socket for tools; ssh's forward of it
+	log                               string // of an instance in the background
 }
 
 // stateDir returns $RDHPF_DIR, or ~/.rdhpf if that is not set.
@@ -47,7 +48,8 @@ func pathsFor(dir, host string) paths { return pathsAt(dir, filepath.Join(dir, h
 
 // pathsAt returns the paths that share the prefix base.
 func pathsAt(dir, base string) paths {
-	return paths{dir, base + ".lock", base + ".state.json", base + ".sock", base + ".ctl", base + ".docker.sock", base + ".engine"}
+	return paths{dir, base + ".lock", base + ".state.json", base + ".sock", base + ".ctl", base + ".docker.sock", base + ".engine",
+		base + ".log"}
 }
 
 // check returns an error if the path of a socket is too long. The limit is 107 bytes on Linux and 103 elsewhere, and ssh
@@ -162,7 +164,7 @@ func sweepDir(dir string, now time.Time) {
 			continue
 		}
 		if unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}) == nil {
-			for _, path := range []string{p.state, p.lock} {
+			for _, path := range []string{p.state, p.log, p.log + ".1", p.lock} {
 				os.Remove(path)
 			}
 			for _, path := range []string{p.socket, p.control, p.docker, p.engine} {

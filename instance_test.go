@@ -79,7 +79,7 @@ func TestPaths(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	seen := make(map[string]bool)
-	for _, f := range []string{p.lock, p.state, p.socket, p.control, p.docker, p.engine} {
+	for _, f := range []string{p.lock, p.state, p.socket, p.control, p.docker, p.engine, p.log} {
 		if seen[f] {
 			t.Errorf("%s twice", f)
 		}
@@ -459,7 +459,7 @@ func TestSweepDir(t *testing.T) {
 	now := time.Now()
 	make := func(host string, age time.Duration) paths {
 		p := pathsFor(dir, host)
-		for _, path := range []string{p.lock, p.state} {
+		for _, path := range []string{p.lock, p.state, p.log, p.log + ".1"} {
 			if err := os.WriteFile(path, nil, 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -481,7 +481,7 @@ func TestSweepDir(t *testing.T) {
 		p    paths
 		left bool
 	}{{gone, false}, {recent, true}, {used, true}, {held, true}} {
-		for _, path := range []string{c.p.lock, c.p.state} {
+		for _, path := range []string{c.p.lock, c.p.state, c.p.log, c.p.log + ".1"} {
 			if _, err := os.Lstat(path); (err == nil) != c.left {
 				t.Errorf("%s: %v, want it left: %v", path, err, c.left)
 			}

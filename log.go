@@ -9,14 +9,20 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
 	maxLines  = 1000        // waiting to be written
 	lastLines = time.Second // to write them at the end
+	maxLog    = 1 << 20     // bytes of a logFile, after which a new one is begun
 )
 
 // newLogger returns a logger that writes to w in the given format, "text" or "json", and never blocks: a terminal stopped
@@ -28,6 +34,9 @@ func newLogger(w io.Writer, level slog.Level, format string, broken func(error))
 			return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
 		}
 		return &lineHandler{w: w, level: level}
+	}
+	if file, ok := w.(*logFile); ok { // does not block, and run -detach shows it up to the moment of READY=1
+		return slog.New(handler(file)), func() {}
 	}
 	q := &lineQueue{lines: make(chan []byte, maxLines)}
 	ended := make(chan struct{})
@@ -108,4 +117,32 @@ func (lh *lineHandler) Handle(_ context.Context, r slog.Record) error {
 	b.WriteByte('\n')
 	_, err := io.WriteString(lh.w, b.String())
 	return err
+}
+
+// logFile is the log of an instance in the background: f, which is its stderr and so has the last words of a crash too.
+type logFile struct {
+	mu   sync.Mutex
+	f    *os.File
+	path string
+}
+
+// Write begins a new file where this one is full, or was moved or removed.
+func (l *logFile) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if info, err := l.f.Stat(); err == nil && (info.Size() >= maxLog || replaced(l.path, info)) {
+		if f, err := openLog(l.path, maxLog-1); err == nil {
+			unix.Dup2(int(f.Fd()), int(l.f.Fd()))
+			f.Close()
+		}
+	}
+	return l.f.Write(line)
+}
+
+// openLog opens a log to append to. One of more than most bytes takes the place of the one before it first.
+func openLog(path string, most int64) (*os.File, error) {
+	if info, err := os.Lstat(path); err == nil && info.Size() > most {
+		os.Rename(path, path+".1")
+	}
+	return os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 }

@@ -9,6 +9,8 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -134,5 +136,60 @@ func TestLogUnread(t *testing.T) {
 		if n := strings.Count(all, "more"); n != maxLines || !strings.Contains(all, c.want) {
 			t.Errorf("%s: %d lines, without %q", c.format, n, c.want)
 		}
+	}
+}
+
+// A log in the background is bounded and private, keeps its last lines, and is back when it was moved away.
+func TestLogFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	f, err := openLog(path, maxLog/2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	log, end := newLogger(&logFile{f: f, path: path}, slog.LevelInfo, "text", nil)
+	for i := range 1000 {
+		log.Info(strings.Repeat("x", 3000), "i", i)
+	}
+	log.Info("last")
+	end()
+	for _, name := range []string{path, path + ".1"} {
+		info, err := os.Stat(name)
+		if err != nil || info.Size() > maxLog+5000 || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %+v, %v", name, info, err)
+		}
+	}
+	last := func() string {
+		t.Helper()
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+		return lines[len(lines)-1]
+	}
+	if got := last(); !strings.HasSuffix(got, " last") {
+		t.Errorf("the last line is %q", got)
+	}
+	for _, away := range []func() error{func() error { return os.Remove(path) }, func() error { return os.Rename(path, path+".old") }} {
+		if err := away(); err != nil {
+			t.Fatal(err)
+		}
+		log.Info("back")
+		if got := last(); !strings.HasSuffix(got, " back") {
+			t.Errorf("the last line is %q", got)
+		}
+	}
+	// A start begins a new file if the old one is half full.
+	if err := os.WriteFile(path, make([]byte, maxLog/2+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g, err := openLog(path, maxLog/2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	if info, err := g.Stat(); err != nil || info.Size() != 0 {
+		t.Errorf("%d bytes, %v", info.Size(), err)
 	}
 }

@@ -4,7 +4,7 @@ Rdhpf forwards the ports that containers publish on a remote Docker host to loca
 Usage:
 
 	rdhpf run [-map PUBLISHED=LOCAL,…] [-skip PORTS] [-only PORTS] [-no-probe PORTS]
-	          [-bind ADDRESSES] [-no-docker-socket] [-retry]
+	          [-bind ADDRESSES] [-no-docker-socket] [-retry] [-detach]
 	          [-quiet] [-log-level debug|info|warn|error] [-log-format text|json] [HOST]
 	rdhpf run [-wait TIME] [other flags] [HOST] -- COMMAND [ARGUMENT…]
 	rdhpf status [-host HOST] [-wide] [-json] [-watch]
@@ -29,6 +29,8 @@ PORTS is a list of ports and ranges, such as 22,8000-8099.
 	-bind ADDRESSES       listen on these addresses rather than 127.0.0.1,::1
 	-no-probe PORTS       never probe these ports to see whether they answer, for
 	                      programs that accept a single connection
+	-detach               go on in the background once connected; what is said
+	                      from then on is in a .log file
 
 Labels on a container or compose service do the same for its ports: rdhpf.map=80=8080,443=8443
 (of published ports, or else of the container's own), rdhpf.skip=true, rdhpf.probe=false.
@@ -70,6 +72,7 @@ and 3 if there is no running instance.
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -78,6 +81,8 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"regexp"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -142,7 +147,7 @@ type command struct {
 func commands() []command {
 	return []command{
 		{"run", "[HOST] [-- COMMAND [ARGUMENT…]]", "forward ports until interrupted, or while a command runs", "",
-			[2]string{"rdhpf run ssh://user@host", "rdhpf run -map 80=8080 -- go test ./..."}, runCommand},
+			[2]string{"rdhpf run -detach ssh://user@host", "rdhpf run -map 80=8080 -- go test ./..."}, runCommand},
 		{"status", "[PORT…]", "show what is forwarded, and why anything is not", "",
 			[2]string{"rdhpf status -wide", "rdhpf status -wait 30s 8080"}, statusCommand},
 		{"port", "NAME [PORT]", "print where a container's port is on this machine", "",
@@ -362,19 +367,33 @@ func versionCommand(*flag.FlagSet) func(args, after []string) error {
 	}
 }
 
-// version returns the version recorded in the build info.
+// archived is the tag and the commit that git archive fills in, see .gitattributes.
+const archived = "$Format:%(describe:tags=true,abbrev=12) %H$"
+
+// version returns the tag, the commit and the Go version this was built from, such as "v1.2.3 (0123456789ab) go1.26.0".
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := strings.Trim(info.Main.Version, "()")
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && len(s.Value) >= 12 && v == "devel" {
-			v += " " + s.Value[:12]
+	v, commit, _ := strings.Cut(archived, " ")
+	if info, ok := debug.ReadBuildInfo(); ok && strings.HasPrefix(archived, "$") {
+		v, commit = info.Main.Version, ""
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				commit = s.Value
+			}
 		}
 	}
-	return v + " " + info.GoVersion
+	v, dirty := strings.CutSuffix(v, "+dirty")
+	// Behind a tag, git describes a commit as v1.2.3-4-g0123456789ab, and Go as v1.2.4-0.20060102150405-0123456789ab.
+	if behind := regexp.MustCompile(`[-.]\d+-g?([0-9a-f]{12,})$`).FindStringSubmatch(v); behind != nil {
+		v, commit = "", behind[1]
+	}
+	v = cmp.Or(strings.Trim(v, "()"), "devel")
+	if dirty {
+		v += "+dirty"
+	}
+	if commit != "" {
+		v += " (" + commit[:12] + ")"
+	}
+	return v + " " + runtime.Version()
 }
 
 // runFlags are the flags of run, checked.
@@ -398,6 +417,7 @@ func (r *runFlags) define(f *flag.FlagSet) {
 	f.Func("only", "`PORTS` forward these and no others", addRanges(&r.flags.only))
 	f.Func("no-probe", "`PORTS` never probe these: they take one connection only", addRanges(&r.flags.noProbe))
 	f.BoolVar(&r.noDocker, "no-docker-socket", false, "do not serve the remote engine on a local socket")
+	f.BoolVar(&r.detach, "detach", false, "run in the background; return once connected")
 	f.BoolVar(&r.retry, "retry", false, "keep trying if the first connection fails")
 	f.Func("wait", "`TIME` wait up to this for active ports before the command", addTime(&r.wait))
 	f.Func("log-level", "`LEVEL` print messages from debug, info, warn or error on", func(s string) error {
@@ -425,6 +445,8 @@ func (r *runFlags) check(args, after []string) error {
 	}
 	if r.command = after; after != nil && len(after) == 0 {
 		return usageError{errors.New("-- is followed by no command")}
+	} else if after != nil && r.detach {
+		return usageError{errors.New("-detach and a command exclude each other: with a command, rdhpf runs as long as it does")}
 	} else if after == nil && r.wait != 0 {
 		return usageError{errors.New("-wait needs a command to run: rdhpf run -wait 30s -- COMMAND")}
 	}
@@ -469,9 +491,12 @@ func runCommand(f *flag.FlagSet) func(args, after []string) error {
 
 // run runs the instance, and the command if there is one.
 func (r *runFlags) run() error {
+	if r.detach && os.Getenv(detachedVar) == "" {
+		return detach(r)
+	}
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
-	log, end := newLogger(os.Stderr, r.level, r.format, func(error) {
+	log, end := newLogger(r.stderr(), r.level, r.format, func(error) {
 		if r.command == nil {
 			stop()
 		}

@@ -51,8 +51,10 @@ type runOptions struct {
 	host   host
 	dir    string
 	flags  config
-	retry  bool // keep trying if the first connection fails
-	docker bool // serve the engine's socket
+	retry  bool   // keep trying if the first connection fails
+	docker bool   // serve the engine's socket
+	detach bool   // in the background
+	notify string // the socket for sayReady, "" if there is none
 	log    *slog.Logger
 }
 
@@ -95,15 +97,16 @@ type runner struct {
 	fileErr error // why the state file cannot be written
 
 	// Owned by the loop: what clients are shown.
-	shown   snapshot  // the constant fields and the connection's part
-	changed bool      // a new snapshot is due
-	carried int64     // traffic of all forwards at the last beat
-	waiting []*waiter // clients
-	failed  error     // ends the instance
+	shown    snapshot  // the constant fields and the connection's part
+	changed  bool      // a new snapshot is due
+	carried  int64     // traffic of all forwards at the last beat
+	waiting  []*waiter // clients
+	notified string    // by sayReady
+	failed   error     // ends the instance
 }
 
 // run runs the single instance for its host until ctx ends.
-func run(ctx context.Context, o runOptions) error {
+func run(ctx context.Context, o runOptions) (err error) {
 	p := pathsFor(o.dir, o.host.String())
 	if err := p.check(); err != nil {
 		return err
@@ -125,7 +128,12 @@ func run(ctx context.Context, o runOptions) error {
 	ssh.readConfig(o.host)
 	r := &runner{runOptions: o, paths: p, ssh: ssh, lock: lock, tasks: make(chan func(time.Time), 64),
 		gate: newGate(), doors: make(map[key]*door)}
-	defer func() { r.lock.Close() }()
+	defer func() {
+		r.lock.Close()
+		if err == nil {
+			o.log.Info(fmt.Sprintf("stopped: all local ports and the connection to %s are closed", o.host))
+		}
+	}()
 	cfg, err := loadConfig(o.dir, o.host.String(), o.flags)
 	if err != nil {
 		return err
@@ -161,7 +169,9 @@ func run(ctx context.Context, o runOptions) error {
 		})
 	})
 	defer r.closeDoors()
-	return r.loop()
+	err = r.loop()
+	notify(r.notify, "STOPPING=1")
+	return err
 }
 
 var begun = time.Now()
@@ -248,7 +258,9 @@ func (r *runner) step(now time.Time) (wake time.Time) {
 	r.tell()
 	if r.changed || r.state.changed {
 		r.changed, r.state.changed = false, false
-		r.board.post(r.snapshot())
+		snap := r.snapshot()
+		r.board.post(snap)
+		r.sayReady(snap)
 	}
 	until(r.answerWaiting(now))
 	if r.link == nil {
@@ -469,7 +481,7 @@ func (r *runner) listed(now time.Time, l *link, list []container, began time.Tim
 // missed.
 func (r *runner) following(now time.Time, l *link) {
 	clear(r.state.died) // a start may have been missed
-	r.proven = true
+	r.proven, r.changed = true, r.changed || !r.proven
 	r.engineBack(&l.eventsErr)
 	l.lookFrom = now // once a list tells what was started again meanwhile
 	l.wantList()

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # rig install: the packages a rig needs, and what some tests use besides.
 
-EXTRA=(podman tmux zsh fish)
+EXTRA=(podman systemd-analyze tmux zsh fish)
 
 cmd_install() {
 	local missing pkgs=() t policy=/usr/sbin/policy-rc.d
@@ -28,6 +28,7 @@ cmd_install() {
 		nsenter | setpriv) pkgs+=(util-linux) ;;
 		nc) pkgs+=(netcat-openbsd) ;;
 		ps) pkgs+=(procps) ;;
+		systemd-analyze) pkgs+=(systemd) ;;
 		*) pkgs+=("$t") ;;
 		esac
 	done
