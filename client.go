@@ -466,7 +466,7 @@ func localPorts(snap *snapshot, name string, private uint16, proto string) (line
 		switch {
 		case private != 0 && (f.ContainerPort != private || proto != "tcp"):
 		case f.Status == conflict:
-			wrong = errors.Join(wrong, fmt.Errorf("port %d of %s: %s", f.ContainerPort, f.ContainerName, whyNot(f)))
+			wrong = errors.Join(wrong, errors.New(whyNot(f)))
 		case private != 0:
 			lines = append(lines, f.local()+"\n")
 		default:

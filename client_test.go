@@ -288,7 +288,7 @@ func TestLocalPorts(t *testing.T) {
 		{"abc123def456789", 80, "tcp", "127.0.0.1:8080\n", ""},
 		{"db", 0, "", "1/tcp -> 127.0.0.1:1001\n", ""}, // a container's name goes before a service's
 		{"shop-db-1", 5432, "tcp", "127.0.0.1:5432\n", ""},
-		{"shop-db-2", 5432, "tcp", "", "port 5432 of shop-db-2: 127.0.0.1:5433 is conflict (why)"},
+		{"shop-db-2", 5432, "tcp", "", "127.0.0.1:5433 of shop-db-2 is conflict (why)"},
 		{"web", 81, "tcp", "", "web does not publish port 81/tcp: it publishes 80, 443"},
 		{"web", 80, "udp", "", "web does not publish port 80/udp: it publishes 80, 443"},
 		{"web", 53, "udp", "", "53/udp of web (abc123def456) is not forwarded: SSH carries TCP only"},

@@ -13,7 +13,7 @@ import (
 )
 
 // Tests of docs/protocol.md: its transcripts, run against a server, and its tables of fields, compared with what is sent.
-// And of the README's jq lines.
+// And of the jq lines in docs/reference.md.
 
 func protocolDoc(t *testing.T) string {
 	t.Helper()
@@ -167,10 +167,10 @@ func TestProtocolNames(t *testing.T) {
 	}
 }
 
-// TestReadmeJQ runs the README's jq lines against a report that has something for each.
-func TestReadmeJQ(t *testing.T) {
+// TestReferenceJQ runs the jq lines of docs/reference.md against a report that has something for each.
+func TestReferenceJQ(t *testing.T) {
 	needTool(t, "jq")
-	readme, err := os.ReadFile("README.md")
+	reference, err := os.ReadFile("docs/reference.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -202,13 +202,13 @@ func TestReadmeJQ(t *testing.T) {
 			`"abc123def456",3000,3000,"pending","port not responding"`,
 	}
 	var lines []string
-	for _, line := range strings.Split(string(readme), "\n") {
+	for _, line := range strings.Split(string(reference), "\n") {
 		if rest, ok := strings.CutPrefix(line, "rdhpf status -json | "); ok {
 			lines = append(lines, rest)
 		}
 	}
 	if len(lines) != len(want) {
-		t.Fatalf("the README has %d jq lines, and %d are expected", len(lines), len(want))
+		t.Fatalf("docs/reference.md has %d jq lines, and %d are expected", len(lines), len(want))
 	}
 	for i, line := range lines {
 		cmd := exec.Command("sh", "-c", line)

@@ -265,7 +265,8 @@ func readyFor(ctx context.Context, o runOptions, wait time.Duration) (*snapshot,
 	sights := make(chan sight)
 	go follow(ctx, p, &o.host, sights)
 	var r *report
-	for last := errors.New("no answer"); r == nil; {
+	last := errors.New("no answer")
+	for r == nil {
 		select {
 		case s := <-sights:
 			switch {
@@ -283,9 +284,13 @@ func readyFor(ctx context.Context, o runOptions, wait time.Duration) (*snapshot,
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
-	}
-	if err := callContext(ctx, p.socket, "settle", new(json.RawMessage)); err != nil && !errors.As(err, new(refusal)) {
-		return nil, fmt.Errorf("waiting for the ports to open: %w", unanswered(r.PID, err))
+		if r == nil {
+			continue
+		}
+		if err := callContext(ctx, p.socket, "settle", new(json.RawMessage)); err != nil && !errors.As(err, new(refusal)) {
+			last = fmt.Errorf("waiting for the ports to open: %w", unanswered(r.PID, err))
+			r = nil // another instance takes the place of one that has ended
+		}
 	}
 	if wait > 0 {
 		if err := waitFor(ctx, p, &o.host, wait, wish{}, printer{w: io.Discard}); err != nil {

@@ -498,7 +498,8 @@ func (d *door) send(local *net.TCPConn, s *muxStream, clientEnded *atomic.Bool) 
 		s.in.Close()
 	case errors.Is(err, syscall.EPIPE): // the service reads no more, but the client may still read
 		io.Copy(io.Discard, local)
-	default:
+	default: // a reset: the service may see its end before our side is closed
+		clientEnded.Store(true)
 		s.Close()
 	}
 }

@@ -4,6 +4,7 @@ package main
 // that is shown: as a table, as JSON, at each change (-watch), or once the ports are active (-wait).
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -751,7 +752,7 @@ func missingPorts(r *report, want wish) (missing []string) {
 
 // whyNot says why a forward is not active.
 func whyNot(f *forwardInfo) string {
-	return fmt.Sprintf("%s is %s (%s)", f.local(), f.Status, f.Reason)
+	return fmt.Sprintf("%s of %s is %s (%s)", f.local(), cmp.Or(f.ContainerName, f.ContainerID), f.Status, f.Reason)
 }
 
 // watchStatus prints at each change until it is interrupted. On a terminal it has a screen of its own, which it redraws

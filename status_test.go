@@ -1142,7 +1142,7 @@ func TestMissingPorts(t *testing.T) {
 		change(r)
 		return r
 	}
-	const db = "127.0.0.1:5432 is conflict (port already in use after 5 retry attempts (held by postgres, pid 4242))"
+	const db = "127.0.0.1:5432 of shop-db-1 is conflict (port already in use after 5 retry attempts (held by postgres, pid 4242))"
 	for _, c := range []struct {
 		name   string
 		report *report
@@ -1150,7 +1150,7 @@ func TestMissingPorts(t *testing.T) {
 		some   bool
 		want   string
 	}{
-		{"all", up(func(*report) {}), nil, false, db + "; 127.0.0.1:3000 is pending (port not responding)"},
+		{"all", up(func(*report) {}), nil, false, db + "; 127.0.0.1:3000 of node is pending (port not responding)"},
 		{"active ones", up(func(*report) {}), []uint16{8080}, false, ""},
 		{"some", up(func(*report) {}), []uint16{8080, 5432, 9999}, false, db + "; no container publishes 9999"},
 		{"none published", up(func(r *report) { r.Forwards = nil }), nil, false, ""},
@@ -1170,7 +1170,7 @@ func TestMissingPorts(t *testing.T) {
 			r.Connection = connection{State: reconnecting, LastError: "ssh: gone"}
 			r.Forwards = r.Forwards[2:]
 			r.Forwards[0].Reason = reasonLost
-		}), []uint16{3000}, false, "not connected to the remote host: ssh: gone; 127.0.0.1:3000 is pending (ssh connection lost, reconnecting)"},
+		}), []uint16{3000}, false, "not connected to the remote host: ssh: gone; 127.0.0.1:3000 of node is pending (ssh connection lost, reconnecting)"},
 		{"dead", up(func(r *report) { r.Running, r.Stale = false, true }), []uint16{8080}, false, "no instance is running"},
 		{"stale", up(func(r *report) { r.Stale = true }), []uint16{8080}, false, "rdhpf (pid 12345) does not answer and may be stopped: kill -CONT 12345 continues it"},
 	} {
@@ -1229,7 +1229,7 @@ func TestStatusWait(t *testing.T) {
 	t.Run("active on old evidence only", func(t *testing.T) {
 		dir := stateFolder(t)
 		i := startInstanceWith(t, dir, testHost, tableForwards(active, unverified))
-		rdhpf(t, dir, "status", "-wait", "1s", "8080").is(t, 1, "", `rdhpf: after 1s: 127\.0\.0\.1:8080 is pending \(port not responding\)\n`)
+		rdhpf(t, dir, "status", "-wait", "1s", "8080").is(t, 1, "", `rdhpf: after 1s: 127\.0\.0\.1:8080 of web is pending \(port not responding\)\n`)
 		end := begin(t, dir, "-wait", "25s")
 		i.post(tableForwards(active, ""))
 		end().is(t, 0, tableActive, "")
@@ -1258,7 +1258,7 @@ func TestStatusWait(t *testing.T) {
 		startInstanceWith(t, live, testHost, tableForwards(pending, reasonSilent))
 		startInstance(t, dead, testHost).kill()
 		ends := []func() answer{begin(t, live, "-wait", "5s", "8080", "9090"), begin(t, dead, "-wait", "5s"), begin(t, empty, "-wait", "5s", "8080")}
-		for n, want := range []string{`127\.0\.0\.1:8080 is pending \(port not responding\); no container publishes 9090`,
+		for n, want := range []string{`127\.0\.0\.1:8080 of web is pending \(port not responding\); no container publishes 9090`,
 			"no instance is running", `No running instance found for ssh://me@box\.invalid\. .*`} {
 			ends[n]().is(t, 1, "", `rdhpf: after 5s: `+want+`\n`)
 		}

@@ -107,9 +107,9 @@ func TestE2EExec(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGUSR1} {
 		t.Run(sig.String()+" is passed on", func(t *testing.T) {
 			p := newRun(t, g, "", "-quiet")
-			p.startAround(fmt.Sprintf(`trap 'echo caught >&2; exit 9' %d; echo ready >&2; while :; do sleep 0.1; done`, sig))
-			p.waitLine("ready")
-			if p.signal(sig); p.log() != "ready" {
+			p.startAround(fmt.Sprintf(`trap 'echo caught >&2; exit 9' %d; echo begun >&2; while :; do sleep 0.1; done`, sig))
+			p.waitLine("begun")
+			if p.signal(sig); p.log() != "begun" {
 				p.waitLine("caught")
 			}
 			p.ranTo(9)
@@ -117,8 +117,8 @@ func TestE2EExec(t *testing.T) {
 	}
 	t.Run("a signal that ends the command", func(t *testing.T) {
 		p := newRun(t, g, "", "-quiet")
-		p.startAround(`echo ready >&2; exec sleep 1000`)
-		p.waitLine("ready")
+		p.startAround(`echo begun >&2; exec sleep 1000`)
+		p.waitLine("begun")
 		p.signal(syscall.SIGTERM)
 		p.ranTo(128 + 15)
 	})
@@ -269,8 +269,8 @@ func TestE2EExecShared(t *testing.T) {
 		p := startRun(t, g, "")
 		b.answers(port)
 		other := p.another()
-		other.startAround("echo ready >&2; read -r x <\"$1\"", makeFIFO(t))
-		other.waitLine("ready")
+		other.startAround("echo begun >&2; read -r x <\"$1\"", makeFIFO(t))
+		other.waitLine("begun")
 		p.signal(syscall.SIGTERM)
 		p.exits(0)
 		other.waitLine("connected to ssh://" + p.host)
@@ -302,12 +302,12 @@ func TestE2EExecShared(t *testing.T) {
 		b := g.boot(t, port)
 		first := newRun(t, g, "")
 		second := first.another()
-		script := `echo ready >&2; read -r x <"$1"; docker ps --format '{{.Names}}' >&2; exit 4`
+		script := `echo begun >&2; read -r x <"$1"; docker ps --format '{{.Names}}' >&2; exit 4`
 		ends, goes := makeFIFO(t), makeFIFO(t)
 		first.startAround(script, ends)
-		first.waitLine("ready")
+		first.waitLine("begun")
 		second.startAround(script, goes)
-		second.waitLine("ready")
+		second.waitLine("begun")
 		second.waitLine("using the rdhpf that runs already")
 		tell(t, ends)
 		first.exits(4)

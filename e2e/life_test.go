@@ -243,13 +243,14 @@ func TestE2ENobodyListens(t *testing.T) {
 	none := g.boot(t, port, "-mode", "none")
 	late := g.boot(t, port+1, "-after", "3s")
 	g.boot(t, port+2).answers(port + 2)
-	p.waitLine("→ " + none.who())
+	p.waitLine("pending for " + none.who() + ": port not responding")
 	if _, err := httpGet(port); err == nil {
 		t.Errorf("%s answers", none.name)
 	}
 	p.becomes(port+1, pending, "port not responding")
 	late.answers(port + 1)
 	p.becomes(port+1, active, "")
+	p.waitLine("→ " + late.who() + ", answers now")
 	started, _ := late.inspect()
 	took("the container begins to listen: active", started.Add(3*time.Second))
 	p.becomes(port, pending, "port not responding")
