@@ -3,7 +3,7 @@
 .PHONY: build install uninstall dist test demo bench faults soak fuzz
 
 build:
-	go build -trimpath -o rdhpf .
+	go build -trimpath -buildvcs=auto -o rdhpf .
 
 PREFIX = /usr/local
 

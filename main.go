@@ -136,7 +136,6 @@ type command struct {
 	name     string
 	args     string // besides flags, as help writes them
 	does     string
-	about    string // for its own help, if there is more to say
 	examples [2]string
 
 	// setup defines the flags and returns what runs once they are parsed: it takes the
@@ -146,27 +145,27 @@ type command struct {
 
 func commands() []command {
 	return []command{
-		{"run", "[HOST] [-- COMMAND [ARGUMENT…]]", "forward ports until interrupted, or while a command runs", "",
+		{"run", "[HOST] [-- COMMAND [ARGUMENT…]]", "forward ports until interrupted, or while a command runs",
 			[2]string{"rdhpf run -detach ssh://user@host", "rdhpf run -map 80=8080 -- go test ./..."}, runCommand},
-		{"status", "[PORT…]", "show what is forwarded, and why anything is not", "",
+		{"status", "[PORT…]", "show what is forwarded, and why anything is not",
 			[2]string{"rdhpf status -wide", "rdhpf status -wait 30s 8080"}, statusCommand},
-		{"port", "NAME [PORT]", "print where a container's port is on this machine", "",
+		{"port", "NAME [PORT]", "print where a container's port is on this machine",
 			[2]string{"rdhpf port web", "curl $(rdhpf port web 80)"}, portCommand},
-		{"env", "", "print the variables with which tools use the remote engine", "",
+		{"env", "", "print the variables with which tools use the remote engine",
 			[2]string{`eval "$(rdhpf env)"`, "rdhpf env -shell fish | source"}, envCommand},
-		{"health", "", "exit with 0 if everything works, else say what does not", "",
+		{"health", "", "exit with 0 if everything works, else say what does not",
 			[2]string{"rdhpf health", "rdhpf health -json | jq .traffic"}, tellCommand},
-		{"pause", "", "close all local ports but keep the connection", "",
+		{"pause", "", "close all local ports but keep the connection",
 			[2]string{"rdhpf pause", "rdhpf pause -host builder"}, tellCommand},
-		{"resume", "", "open the ports again", "",
+		{"resume", "", "open the ports again",
 			[2]string{"rdhpf resume", "rdhpf resume -host builder"}, tellCommand},
-		{"reload", "", "read config.json again", "",
+		{"reload", "", "read config.json again",
 			[2]string{"rdhpf reload", "rdhpf reload -host builder"}, tellCommand},
-		{"stop", "", "stop the running instance", "",
+		{"stop", "", "stop the running instance",
 			[2]string{"rdhpf stop", "rdhpf stop -host builder"}, tellCommand},
-		{"completion", "bash|zsh|fish", "print a script that completes commands in your shell", "",
+		{"completion", "bash|zsh|fish", "print a script that completes commands in your shell",
 			[2]string{"source <(rdhpf completion bash)", "rdhpf completion fish > ~/.config/fish/completions/rdhpf.fish"}, completionCommand},
-		{"version", "", "print the version", "", [2]string{"rdhpf version", "rdhpf version | cut -d' ' -f2"}, versionCommand},
+		{"version", "", "print the version", [2]string{"rdhpf version", "rdhpf version | cut -d' ' -f2"}, versionCommand},
 	}
 }
 
