@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -403,6 +404,7 @@ var statusColour = map[string]string{active: "\x1b[32m", conflict: "\x1b[31m", p
 const (
 	gap         = 3 // between columns
 	stateColumn = 3
+	nodeColumn  = 8 // after SERVICE, if there is one
 )
 
 // table returns a report as the table of its forwards, and below it what else there is to say.
@@ -414,6 +416,12 @@ func table(r *report, now time.Time, style tableStyle) string {
 	rows[0] = append(rows[0], "REASON")
 	for i := range r.Forwards {
 		rows = append(rows, row(&r.Forwards[i], now, style.wide))
+	}
+	if style.wide && slices.ContainsFunc(r.Forwards, func(f forwardInfo) bool { return f.Node != "" }) {
+		rows[0] = slices.Insert(rows[0], nodeColumn, "NODE")
+		for i, f := range r.Forwards {
+			rows[i+1] = slices.Insert(rows[i+1], nodeColumn, dash(f.Node))
+		}
 	}
 	widths := make([]int, len(rows[0]))
 	for _, row := range rows {
