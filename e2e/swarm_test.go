@@ -108,7 +108,8 @@ func (g *testRig) running(t *testing.T, former string) string {
 	})[0].Status.ContainerStatus.ContainerID[:12]
 }
 
-// managers waits until these are, the leader first, according to one of them.
+// managers waits until these are, the leader first, according to one of them. A new one is
+// best asked itself: it works only some seconds after the others know of it.
 func (g *testRig) managers(t *testing.T, node int, want ...string) {
 	t.Helper()
 	eventually(t, "the managers", func() error {
@@ -127,6 +128,19 @@ func (g *testRig) managers(t *testing.T, node int, want ...string) {
 		}
 		if !slices.Equal(got, want) {
 			return fmt.Errorf("they are %v, want %v", got, want)
+		}
+		return nil
+	})
+}
+
+// demote makes the second node, whose manager works, a worker again.
+func (g *testRig) demote(t *testing.T) {
+	t.Helper()
+	g.docker(t, 1, "node", "demote", "node2")
+	g.managers(t, 1, "node1")
+	eventually(t, "the other node is a worker", func() error {
+		if _, err := g.tryDocker(2, "node", "ls"); err == nil || !strings.Contains(err.Error(), "Worker nodes can't") {
+			return fmt.Errorf("it says %v", err)
 		}
 		return nil
 	})
@@ -286,7 +300,7 @@ func TestE2ESwarmNoQuorum(t *testing.T) {
 	id := g.serve(t, "meshed", "ingress", port, "--replicas", "0")[:12]
 	want := id + " 127.0.0.1  pending port not responding"
 	p.soon("the service's port", prompt, port, want)
-	t.Cleanup(func() { g.docker(t, 1, "node", "demote", "node2") })
+	t.Cleanup(func() { g.demote(t) })
 	g.docker(t, 1, "node", "promote", "node2")
 	g.managers(t, 2, "node1", "node2") // before it knows itself, it would not find back
 	second := func(does string) {
@@ -336,7 +350,7 @@ func TestE2ESwarmLeaders(t *testing.T) {
 	b := g.boot(t, port+1)
 	b.answers(port + 1)
 	g.docker(t, 1, "node", "promote", "node2")
-	g.managers(t, 1, "node1", "node2")
+	g.managers(t, 2, "node1", "node2")
 	p.soon("two managers", prompt, port, want)
 	g.docker(t, 2, "node", "demote", "node1")
 	eventually(t, "it is a worker", func() error {
@@ -351,8 +365,7 @@ func TestE2ESwarmLeaders(t *testing.T) {
 	eventually(t, "it is a manager", func() error { return g.call("GET", "/services", nil, nil) })
 	g.managers(t, 1, "node2", "node1")
 	p.soon("it is a manager, but does not lead", electing, port, want)
-	g.docker(t, 1, "node", "demote", "node2")
-	g.managers(t, 1, "node1")
+	g.demote(t)
 	p.soon("it leads again", prompt, port, want)
 	g.docker(t, 1, "service", "rm", "meshed")
 	p.soon("the removed service's port", prompt, port, "")
