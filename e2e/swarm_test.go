@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -23,20 +22,26 @@ const (
 	electing = 4 * patience    // for managers to agree on a leader, or on that there is none
 )
 
-var bringUpSwarm = sync.OnceValue(func() error {
-	_, err := theSwarm.up(fmt.Sprintf("swarm-%d", os.Getpid()), "-nodes", "2")
-	return err
-})
-
-// needSwarm returns the rig with two nodes. Its services are removed at the end of the test.
-func needSwarm(t *testing.T) *testRig {
+// needSwarm returns the rig with two nodes. At the end of the test its services are removed,
+// or all of it if the test changes the managers: those that were demoted and came back do
+// not always agree again.
+func needSwarm(t *testing.T, changesManagers bool) *testRig {
 	t.Helper()
 	needRig(t)
-	if err := bringUpSwarm(); err != nil {
-		t.Fatal(err)
-	}
 	g := &theSwarm
+	if g.name == "" {
+		if _, err := g.up(fmt.Sprintf("swarm-%d", os.Getpid()), "-nodes", "2"); err != nil {
+			t.Fatal(err)
+		}
+	}
 	t.Cleanup(func() {
+		if changesManagers {
+			if out, err := exec.Command("rig/rig", "down", g.name).CombinedOutput(); err != nil {
+				t.Errorf("rig down: %v: %s", err, out)
+			}
+			*g = testRig{}
+			return
+		}
 		if names := g.docker(t, 1, "service", "ls", "-q"); names != "" {
 			g.docker(t, 1, append([]string{"service", "rm"}, strings.Fields(names)...)...)
 		}
@@ -133,19 +138,6 @@ func (g *testRig) managers(t *testing.T, node int, want ...string) {
 	})
 }
 
-// demote makes the second node, whose manager works, a worker again.
-func (g *testRig) demote(t *testing.T) {
-	t.Helper()
-	g.docker(t, 1, "node", "demote", "node2")
-	g.managers(t, 1, "node1")
-	eventually(t, "the other node is a worker", func() error {
-		if _, err := g.tryDocker(2, "node", "ls"); err == nil || !strings.Contains(err.Error(), "Worker nodes can't") {
-			return fmt.Errorf("it says %v", err)
-		}
-		return nil
-	})
-}
-
 // forwards are the forwards of a local port.
 func (p *runProc) forwards(port int) (all []forwardInfo) {
 	p.t.Helper()
@@ -176,7 +168,7 @@ func (p *runProc) soon(what string, most time.Duration, port int, want string) {
 // The routing mesh itself needs a kernel with ip_vs: what listens on the manager's port
 // stands in for it.
 func TestE2ESwarmIngress(t *testing.T) {
-	g := needSwarm(t)
+	g := needSwarm(t, false)
 	p := startRun(t, g, "")
 	port := freePorts(t, 1)
 	id := g.serve(t, "meshed", "ingress", port, "--replicas", "0", "--label", "com.docker.stack.namespace=shop")
@@ -200,7 +192,7 @@ func TestE2ESwarmIngress(t *testing.T) {
 
 // Tasks on both nodes want one local port.
 func TestE2ESwarmBothNodes(t *testing.T) {
-	g := needSwarm(t)
+	g := needSwarm(t, false)
 	p := startRun(t, g, "")
 	port := freePorts(t, 1)
 	g.serve(t, "everywhere", "host", port, "--mode", "global")
@@ -230,7 +222,7 @@ func TestE2ESwarmBothNodes(t *testing.T) {
 
 // A task on the other node ends, moves, is drained and scaled.
 func TestE2ESwarmMoves(t *testing.T) {
-	g := needSwarm(t)
+	g := needSwarm(t, false)
 	p := startRun(t, g, "")
 	port := freePorts(t, 1)
 	far := g.env["RIG_ADDR2"]
@@ -267,7 +259,7 @@ func TestE2ESwarmMoves(t *testing.T) {
 // The other node is cut off: first it cannot be reached, then the manager says that it is
 // down; then it is back.
 func TestE2ESwarmNodeLost(t *testing.T) {
-	g := needSwarm(t)
+	g := needSwarm(t, false)
 	p := startRun(t, g, "")
 	port := freePorts(t, 1)
 	far := g.env["RIG_ADDR2"]
@@ -294,13 +286,12 @@ func TestE2ESwarmNodeLost(t *testing.T) {
 
 // Without a quorum forwards stay, and the manager's own containers are followed.
 func TestE2ESwarmNoQuorum(t *testing.T) {
-	g := needSwarm(t)
+	g := needSwarm(t, true)
 	p := startRun(t, g, "")
 	port := freePorts(t, 2)
 	id := g.serve(t, "meshed", "ingress", port, "--replicas", "0")[:12]
 	want := id + " 127.0.0.1  pending port not responding"
 	p.soon("the service's port", prompt, port, want)
-	t.Cleanup(func() { g.demote(t) })
 	g.docker(t, 1, "node", "promote", "node2")
 	g.managers(t, 2, "node1", "node2") // before it knows itself, it would not find back
 	second := func(does string) {
@@ -308,7 +299,6 @@ func TestE2ESwarmNoQuorum(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 	}
-	t.Cleanup(func() { second("start") })
 	second("stop")
 	warned := func() error {
 		if w := strings.Join(p.status().Warnings, "\n"); !strings.Contains(w, "the Swarm does not answer: ") || !strings.Contains(w, "its forwards stay as they are") {
@@ -341,7 +331,7 @@ func TestE2ESwarmNoQuorum(t *testing.T) {
 
 // A manager that is not the leader tells the same; one that becomes a worker tells nothing.
 func TestE2ESwarmLeaders(t *testing.T) {
-	g := needSwarm(t)
+	g := needSwarm(t, true)
 	p := startRun(t, g, "")
 	port := freePorts(t, 2)
 	id := g.serve(t, "meshed", "ingress", port, "--replicas", "0")[:12]
@@ -365,7 +355,8 @@ func TestE2ESwarmLeaders(t *testing.T) {
 	eventually(t, "it is a manager", func() error { return g.call("GET", "/services", nil, nil) })
 	g.managers(t, 1, "node2", "node1")
 	p.soon("it is a manager, but does not lead", electing, port, want)
-	g.demote(t)
+	g.docker(t, 1, "node", "demote", "node2")
+	g.managers(t, 1, "node1")
 	p.soon("it leads again", prompt, port, want)
 	g.docker(t, 1, "service", "rm", "meshed")
 	p.soon("the removed service's port", prompt, port, "")
