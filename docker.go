@@ -46,6 +46,7 @@ type engine struct {
 	server string // such as "Docker/20.10.24 (linux)"; set by the first response
 
 	hostNet map[string]bool // what podman said of the listed containers that have no network
+	self    string          // the id of its node in a Swarm; "" if unknown
 }
 
 const pingRequest = "GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n"
@@ -208,7 +209,7 @@ func (e *engine) get(path string, query url.Values, timeout time.Duration) (*htt
 		body, torn := io.ReadAll(resp.Body) // its size is limited as that of the header
 		err = fmt.Errorf("%s: %s: %s", doing, printable(resp.Status, maxText), printable(strings.TrimSpace(string(body)), 1000))
 		if torn == nil {
-			err = rejection{err}
+			err = rejection{err, resp.StatusCode}
 		}
 		return nil, err
 	}
@@ -217,7 +218,10 @@ func (e *engine) get(path string, query url.Values, timeout time.Duration) (*htt
 
 // rejection is an answer of the engine that is no success. The connection can be used for
 // the next request.
-type rejection struct{ error }
+type rejection struct {
+	error
+	code int // the HTTP status
+}
 
 // list returns the running containers.
 func (e *engine) list() ([]container, error) {
@@ -279,7 +283,7 @@ func (e *engine) completeList(list []container, query url.Values) error {
 // listAt returns the containers of one of the engine's lists.
 func (e *engine) listAt(path string, query url.Values) ([]container, error) {
 	var list []container
-	err := e.read(path, query, "the list of containers", maxList, func(r io.Reader) (err error) {
+	err := e.read(path, query, "the list of containers", listTimeout, maxList, func(r io.Reader) (err error) {
 		list, err = decodeList(r)
 		return err
 	})
@@ -289,29 +293,23 @@ func (e *engine) listAt(path string, query url.Values) ([]container, error) {
 	return list, nil
 }
 
-// services returns the Swarm services that publish ports through the routing mesh, as if they
-// were containers. Only a manager answers: others reject the request.
-func (e *engine) services() ([]container, error) {
-	var list []container
-	err := e.read("/services", nil, "the list of services", maxList, func(r io.Reader) (err error) {
-		list, err = decodeArray(r, (*rawService).container)
-		return err
-	})
-	return list, err
-}
-
 // onHostNet asks whether a container is on the remote host's network.
 func (e *engine) onHostNet(id string) (bool, error) {
 	var raw struct{ HostConfig struct{ NetworkMode string } }
-	err := e.read("/containers/"+id+"/json", nil, "a container", maxOne, func(r io.Reader) error {
-		return unexpectedEOF(json.NewDecoder(r).Decode(&raw))
-	})
+	err := e.readJSON("/containers/"+id+"/json", "a container", listTimeout, &raw)
 	return raw.HostConfig.NetworkMode == "host", err
 }
 
-// read decodes the answer to a request.
-func (e *engine) read(path string, query url.Values, what string, limit int64, decode func(io.Reader) error) error {
-	resp, err := e.get(path, query, listTimeout)
+// readJSON decodes an answer that is one object.
+func (e *engine) readJSON(path, what string, timeout time.Duration, into any) error {
+	return e.read(path, nil, what, timeout, maxOne, func(r io.Reader) error {
+		return unexpectedEOF(json.NewDecoder(r).Decode(into))
+	})
+}
+
+// read decodes the answer to a request, which has to begin before the timeout.
+func (e *engine) read(path string, query url.Values, what string, timeout time.Duration, limit int64, decode func(io.Reader) error) error {
+	resp, err := e.get(path, query, timeout)
 	if err != nil {
 		return err
 	}
@@ -433,7 +431,7 @@ func decodeList(r io.Reader) ([]container, error) { return decodeArray(r, (*rawC
 
 // decodeArray decodes a list one element at a time, so that a long one takes no more memory
 // than what is kept of it.
-func decodeArray[Raw any](r io.Reader, convert func(*Raw) (container, bool)) (list []container, err error) {
+func decodeArray[Raw any, T interface{ published() int }](r io.Reader, convert func(*Raw) (T, bool)) (list []T, err error) {
 	part := &io.LimitedReader{R: r, N: maxOne}
 	defer func() {
 		if err != nil && part.N == 0 {
@@ -446,7 +444,7 @@ func decodeArray[Raw any](r io.Reader, convert func(*Raw) (container, bool)) (li
 	} else if t != json.Delim('[') {
 		return nil, errors.New("it is not a JSON array")
 	}
-	list = []container{}
+	list = []T{}
 	for published := 0; dec.More(); part.N = maxOne {
 		var raw Raw
 		if err := dec.Decode(&raw); err != nil {
@@ -457,7 +455,7 @@ func decodeArray[Raw any](r io.Reader, convert func(*Raw) (container, bool)) (li
 		}
 		if c, ok := convert(&raw); ok {
 			list = append(list, c)
-			if published += len(c.ports); published > maxPublished {
+			if published += c.published(); published > maxPublished {
 				return nil, fmt.Errorf("it has more than %d published ports", maxPublished)
 			}
 		}
@@ -570,41 +568,6 @@ func rulesOf(labels map[string]string) (ru rules) {
 		}
 	}
 	return ru
-}
-
-type rawService struct {
-	ID   string
-	Spec struct {
-		Name         string
-		Labels       map[string]string
-		TaskTemplate struct{ ContainerSpec struct{ Image string } }
-	}
-	Endpoint struct {
-		Ports []struct {
-			Protocol                  string
-			TargetPort, PublishedPort int64
-			PublishMode               string
-		}
-	}
-}
-
-// container returns what the service publishes on every node. It reports false if that is
-// nothing.
-func (raw *rawService) container() (container, bool) {
-	c := container{name: printable(raw.Spec.Name, maxText), image: printable(raw.Spec.TaskTemplate.ContainerSpec.Image, maxText),
-		ingress: true}
-	if len(raw.ID) < 12 || badChar(raw.ID, "") != "" {
-		return c, false
-	}
-	c.id = raw.ID[:12]
-	c.name = cmp.Or(c.name, c.id)
-	for _, p := range raw.Endpoint.Ports {
-		if p.PublishMode != "host" && 0 < p.PublishedPort && p.PublishedPort <= 65535 && 0 <= p.TargetPort && p.TargetPort <= 65535 {
-			c.ports = append(c.ports, port{ip: netip.IPv4Unspecified(), private: uint16(p.TargetPort), public: uint16(p.PublishedPort),
-				proto: printable(strings.ToLower(p.Protocol), 8)})
-		}
-	}
-	return c, len(c.ports) > 0
 }
 
 // shortID returns the first 12 characters of a container id and whether they are

@@ -50,8 +50,11 @@ func listText(list []container) string {
 		if c.rules.wrong != "" {
 			t += " (" + c.rules.wrong + ")"
 		}
-		if c.ingress {
-			t += " ingress"
+		if c.node != "" {
+			t += " node=" + c.node
+		}
+		if c.lost != "" {
+			t += " lost=" + c.lost
 		}
 		for _, n := range c.nets {
 			t += fmt.Sprintf(" net=%s,%s,%s", n.endpoint, addrText(n.addr), addrText(n.gateway))
@@ -192,36 +195,6 @@ func TestDecodeListRefuses(t *testing.T) {
 			list, err := decodeList(strings.NewReader(c.in))
 			if err == nil || list != nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("%d containers, error %v, want one with %q", len(list), err, c.want)
-			}
-		})
-	}
-}
-
-func TestDecodeServices(t *testing.T) {
-	const id = "okwjt6ohf335m1riybx3ewyx9"
-	one := func(name, ports string) string {
-		return `[{"ID":"` + id + `","Spec":{"Name":"` + name + `","TaskTemplate":{"ContainerSpec":{"Image":"nginx:1.27"}}},"Endpoint":{"Ports":[` + ports + `]}}]`
-	}
-	const ingress = `{"Protocol":"tcp","TargetPort":80,"PublishedPort":8080,"PublishMode":"ingress"}`
-	const web = "okwjt6ohf335 web image=nginx:1.27 service= ingress 0.0.0.0:8080->80/tcp"
-	for _, c := range []struct{ name, in, want string }{
-		{"none", `[]`, ""},
-		{"one", one("web", ingress), web},
-		{"host mode beside it", one("web", ingress+`,{"Protocol":"tcp","TargetPort":80,"PublishedPort":9090,"PublishMode":"host"}`), web},
-		{"host mode only", one("web", `{"Protocol":"tcp","TargetPort":80,"PublishedPort":9090,"PublishMode":"host"}`), ""},
-		{"no ports", one("web", ""), ""},
-		{"no published port", one("web", `{"Protocol":"tcp","TargetPort":80}`), ""},
-		{"ports that are none", one("web", ingress+`,{"PublishedPort":65536},{"PublishedPort":-1},{"PublishedPort":1,"TargetPort":-1}`), web},
-		{"UDP", one("web", `{"Protocol":"UDP","TargetPort":53,"PublishedPort":53,"PublishMode":"ingress"}`),
-			"okwjt6ohf335 web image=nginx:1.27 service= ingress 0.0.0.0:53->53/udp"},
-		{"a hostile name", one(`\u001b[31m`, ingress), strings.Replace(web, "web", "[31m", 1)},
-		{"no name", one("", ingress), strings.Replace(web, "web", "okwjt6ohf335", 1)},
-		{"bad ids", `[null,{},{"ID":"short","Endpoint":{"Ports":[` + ingress + `]}},{"ID":"\u001b[31mmmmmmmmm","Endpoint":{"Ports":[` + ingress + `]}}]`, ""},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			list, err := decodeArray(strings.NewReader(c.in), (*rawService).container)
-			if got := listText(list); err != nil || got != c.want {
-				t.Errorf("\n got %q, %v\nwant %q", got, err, c.want)
 			}
 		})
 	}
@@ -571,8 +544,8 @@ func TestEngineMinimumVersion(t *testing.T) {
 	if list, err := e.list(); err != nil || len(list) != 1 {
 		t.Errorf("%d containers, %v", len(list), err)
 	}
-	if list, err := e.services(); err != nil || len(list) != 0 {
-		t.Errorf("%d services, %v", len(list), err)
+	if sw, err := e.listSwarm(); err != nil || sw == nil || sw.services == nil {
+		t.Errorf("the Swarm is %+v, %v", sw, err)
 	}
 	happened := 0
 	e.events(func() {}, func(event) { happened++ })

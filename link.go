@@ -25,6 +25,7 @@ const (
 	steadyEngine = 5 * time.Second        // an engine that worked this long starts over at one failure
 	probeHold    = 300 * time.Millisecond // a stream open this long plus a round trip has a listener
 	probeTimeout = 4 * time.Second        // for a whole probe
+	nodeTimeout  = 2 * time.Second        // for the remote host to reach another node
 	holdFor      = 10 * time.Second       // the longest a connection waits for the link
 	maxWaiting   = 256                    // connections waiting for the link
 	earlyEnd     = time.Second            // a remote end that closes sooner without sending anything is suspicious
@@ -45,7 +46,7 @@ type link struct {
 
 	ownJump bool // makes its own connection to a jump host
 
-	noSwarm atomic.Bool // the engine is no Swarm manager, as far as is known
+	noSwarm atomic.Bool // the engine is not to be asked for a Swarm, as it is no manager or did not answer
 
 	// Owned by the loop.
 	master    *master       // nil until it is ready
@@ -158,21 +159,27 @@ func (l *link) keepListing(ctx context.Context, m *master, listed chan struct{})
 		for {
 			began := time.Now()
 			list, err := e.list()
-			if err == nil && !e.isPodman() && !l.noSwarm.Swap(true) {
-				var services []container
-				if services, err = e.services(); err == nil {
-					l.noSwarm.Store(false)
-				} else if errors.As(err, new(rejection)) {
-					err = nil
-				}
-				list = append(list, services...)
-			}
 			if err != nil {
 				return err
 			}
 			took, server := time.Since(began), e.server
+			if !e.isPodman() && !l.noSwarm.Swap(true) {
+				var sw *swarm
+				if sw, err = e.listSwarm(); err != nil {
+					time.AfterFunc(swarmRetry, func() {
+						l.noSwarm.Store(false)
+						l.wantList()
+					})
+				} else if sw != nil {
+					l.noSwarm.Store(false)
+				}
+				l.tell(func(time.Time) { l.r.swarmListed(sw) })
+			}
 			l.tell(func(now time.Time) { l.r.listed(now, l, list, began, took, server) })
 			worked()
+			if err != nil {
+				return err
+			}
 			if listed != nil {
 				close(listed)
 				listed = nil
@@ -637,7 +644,15 @@ func (l *link) probeOnce(ctx context.Context, m *master, w want, rtt time.Durati
 			return probeUnknown, false
 		}
 	}
-	s, got := m.attempt(ctx, w.remote)
+	first, cancel := ctx, context.CancelFunc(func() {})
+	if w.node != "" {
+		first, cancel = context.WithTimeout(ctx, nodeTimeout)
+	}
+	s, got := m.attempt(first, w.remote)
+	cancel()
+	if w.node != "" && (got == unreachable || got == noAnswer && l.roundTrip(ctx) == nil) {
+		return probeUnreached, true
+	}
 	if got == unreachable && w.remote.Addr() == loopback4 && !m.onlySix.Load() { // AddressFamily inet6 in its sshd_config?
 		if six, at6 := m.attempt(ctx, netip.AddrPortFrom(loopback6, w.remote.Port())); at6 == wasReached {
 			m.onlySix.Store(true)

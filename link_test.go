@@ -971,6 +971,7 @@ func TestProbe(t *testing.T) {
 	)
 	var (
 		rootless   = func(w *want) { w.direct, w.gateway = netip.Addr{}, netip.Addr{} }
+		onNode     = func(w *want) { w.direct, w.node = netip.Addr{}, "node2" }
 		manyNets   = func(w *want) { w.onlyNet = false }
 		noGateway  = func(w *want) { w.gateway = netip.Addr{} }
 		noPrivate  = func(w *want) { w.private = 0 }
@@ -1016,6 +1017,11 @@ func TestProbe(t *testing.T) {
 		{"published, forbidden", rootless, remote{published: "forbidden"}, false, probeForbidden},
 		{"held, but the link is silent", rootless, remote{published: "accepts"}, true, probeUnknown},
 		{"the link is silent", rootless, remote{published: "hangs"}, true, probeUnknown},
+		{"on another node, held", onNode, remote{published: "accepts"}, false, probeAnswered},
+		{"on another node, refused", onNode, remote{published: "refused"}, false, probeSilent},
+		{"on another node, unreachable", onNode, remote{published: "unreachable"}, false, probeUnreached},
+		{"on another node, silent", onNode, remote{published: "hangs"}, false, probeUnreached},
+		{"on another node, and the link is silent", onNode, remote{published: "hangs"}, true, probeUnknown},
 		{"why is not said, at first", whatever, remote{direct: doesNotSay + ", refused"}, false, probeSilent},
 		{"two reasons are said, at first", whatever, remote{direct: "refused for two reasons, refused"}, false, probeSilent},
 		{"why is never said", whatever, remote{direct: doesNotSay}, false, probeUnknown},

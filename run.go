@@ -27,6 +27,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -82,6 +83,9 @@ type runner struct {
 	halfOpen  []*door
 	listeners int   // of all doors
 	link      *link // nil if there is neither a connection nor an attempt
+
+	// Owned by the loop: what a manager told last of its Swarm.
+	swarm swarm
 
 	// Owned by the loop: kept across connections.
 	everUp   bool
@@ -422,6 +426,9 @@ func (r *runner) snapshot() *snapshot {
 	if err := r.engineErr(); err != nil {
 		snap.Warnings = append(snap.Warnings, "the remote engine does not answer: "+err.Error())
 	}
+	if r.link != nil && r.swarm.err != nil {
+		snap.Warnings = append(snap.Warnings, fmt.Sprintf("the Swarm does not answer: %v; its forwards stay as they are", r.swarm.err))
+	}
 	if r.fileErr != nil {
 		snap.Warnings = append(snap.Warnings, "the state file cannot be written: "+r.fileErr.Error())
 	}
@@ -455,6 +462,9 @@ func (r *runner) listed(now time.Time, l *link, list []container, began time.Tim
 	if !l.listDue.After(now) {
 		l.listDue = now.Add(relistEvery)
 	}
+	if due := now.Add(max(swarmPace, 5*r.swarm.took)); r.swarm.follow && due.Before(l.listDue) {
+		l.listDue = due
+	}
 	switch {
 	case !r.everUp:
 		r.log.Info(fmt.Sprintf("connected to %s, %s", r.host, server))
@@ -470,11 +480,32 @@ func (r *runner) listed(now time.Time, l *link, list []container, began time.Tim
 		r.shown.Engine, r.changed = server, true
 	}
 	r.everUp, r.lastErr, l.saySoAt = true, nil, time.Time{}
-	r.state.listed(now, list)
+	r.state.listed(now, slices.Concat(list, r.swarm.services, r.swarm.tasks))
 	if !l.lookFrom.IsZero() && !began.Before(l.lookFrom) {
 		r.state.lookAgain(l.lookFrom, "")
 		l.lookFrom = time.Time{}
 	}
+}
+
+// swarmListed handles what a manager tells of its Swarm; nil means that the engine is none.
+// What could not be told stays as it was.
+func (r *runner) swarmListed(sw *swarm) {
+	if sw == nil {
+		sw = &swarm{}
+	} else if sw.services == nil {
+		sw.services, sw.tasks = r.swarm.services, r.swarm.tasks
+	} else if sw.tasks == nil {
+		sw.tasks = r.swarm.tasks
+	}
+	switch was := r.swarm.err; {
+	case sw.err != nil && was == nil:
+		r.changed = true
+		r.log.Warn(fmt.Sprintf("the Swarm does not answer: %v; its forwards stay as they are", sw.err))
+	case sw.err == nil && was != nil:
+		r.changed = true
+		r.log.Info("the Swarm answers again")
+	}
+	r.swarm = *sw
 }
 
 // following handles the start of an event stream. Earlier events may have been

@@ -60,8 +60,9 @@ type container struct {
 	service string // docker compose service, or ""
 	paused  bool
 	hostNet bool
-	ingress bool // a Swarm service that publishes its ports through the routing mesh
 	rules   rules
+	node    string // of a Swarm on which it runs; "" if that is the engine's own
+	lost    string // why that node cannot be reached, as far as is known
 	ports   []port
 	nets    []network // sorted by name
 }
@@ -100,6 +101,8 @@ func (ctr *container) local(cfg *config, p port) (netip.AddrPort, string) {
 	return local, reason
 }
 
+func (ctr container) published() int { return len(ctr.ports) }
+
 // port is one published port of a container.
 type port struct {
 	ip      netip.Addr // as published; the zero Addr if the engine sent an invalid one
@@ -123,6 +126,7 @@ type key struct{ local, remote netip.AddrPort }
 type want struct {
 	key
 	id, name, image, service string
+	node, lost               string // as of its container
 	private                  uint16
 	paused                   bool
 	noProbe                  bool
@@ -185,8 +189,6 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 			switch {
 			case p.proto != "tcp":
 				reason = "SSH carries TCP only"
-			case c.ingress:
-				reason = "published by Swarm's routing mesh"
 			case !p.ip.IsValid():
 				reason = "published on an invalid address"
 			case reason == "" && p.ip == netip.IPv6Unspecified() && inet4[local]:
@@ -223,7 +225,7 @@ func desired(list []container, cfg *config) (map[key]want, []skippedPort) {
 // want returns the forward of one published port.
 func (ctr *container) want(p port, local netip.AddrPort) want {
 	w := want{key: key{local, netip.AddrPortFrom(dialable(p.ip), p.public)}, id: ctr.id, name: ctr.name, image: ctr.image,
-		service: ctr.service, private: p.private, paused: ctr.paused, onlyNet: len(ctr.nets) == 1}
+		service: ctr.service, node: ctr.node, lost: ctr.lost, private: p.private, paused: ctr.paused, onlyNet: len(ctr.nets) == 1}
 	var endpoints []string
 	for _, n := range ctr.nets {
 		endpoints = append(endpoints, n.endpoint)
@@ -314,6 +316,7 @@ const (
 	silent                 // open; the service does not answer
 	closing                // open; something accepts connections, and closes them at once
 	forbidden              // open; the SSH server prohibits connecting
+	unreached              // open; the node of the service cannot be reached
 )
 
 func (sg stage) open() bool { return sg >= unseen }
@@ -523,7 +526,7 @@ func (s *state) reconcile(now time.Time) {
 			}
 			f.wanted = true
 			s.renew(f, now)
-		case was.paused != w.paused || was.noProbe != w.noProbe:
+		case was.paused != w.paused || was.noProbe != w.noProbe || was.lost != w.lost:
 			s.reset(f)
 		case was.endpoints != w.endpoints || was.direct != w.direct:
 			s.lookAt(f, now)
@@ -655,7 +658,7 @@ func (s *state) plan(now time.Time) (acts []action, wake time.Time) {
 
 // probeable reports whether f is open and a probe of it can be useful.
 func (s *state) probeable(f *forward) bool {
-	return s.ready && f.stage.open() && !f.want.paused && (!f.noProbe || f.suspect)
+	return s.ready && f.stage.open() && !f.want.paused && f.lost == "" && (!f.noProbe || f.suspect)
 }
 
 // holders returns the forward that owns each local port: the open one, else the
@@ -687,6 +690,8 @@ func (s *state) judge(f, holder *forward, now time.Time) {
 		s.set(f, now, pending, reasonLost)
 	case f.want.paused:
 		s.set(f, now, pending, reasonFrozen)
+	case f.lost != "":
+		s.set(f, now, pending, f.lost)
 	case f.stage == answering:
 		s.set(f, now, active, "")
 	case f.stage == silent:
@@ -695,6 +700,8 @@ func (s *state) judge(f, holder *forward, now time.Time) {
 		s.set(f, now, pending, reasonCloses)
 	case f.stage == forbidden:
 		s.set(f, now, pending, reasonRefused)
+	case f.stage == unreached:
+		s.set(f, now, pending, fmt.Sprintf("node %s cannot be reached from the remote host", f.node))
 	default:
 		s.set(f, now, pending, reasonProbing)
 	}
@@ -837,6 +844,7 @@ const (
 	probeSilent                       // the service does not answer
 	probeForbidden                    // the SSH server prohibits connecting
 	probeClosed                       // something accepts connections, and closes them at once
+	probeUnreached                    // the node of the service cannot be reached
 )
 
 // probeDone handles the result of a probe.
@@ -862,6 +870,8 @@ func (s *state) probeDone(now time.Time, k key, probe int, result probeResult) {
 		f.stage = silent
 	case probeClosed:
 		f.stage = closing
+	case probeUnreached:
+		f.stage = unreached
 	case probeForbidden:
 		f.moan = f.stage != forbidden
 		f.stage = forbidden
@@ -981,6 +991,7 @@ type forwardInfo struct {
 	ContainerPort uint16    `json:"container_port"`
 	Image         string    `json:"image"`
 	Service       string    `json:"service"`
+	Node          string    `json:"node"` // of a Swarm, other than the remote host
 
 	VerifiedAt      *time.Time `json:"verified_at"` // when the service last answered; null if never
 	Connections     int64      `json:"connections"` // total carried
@@ -1005,7 +1016,7 @@ func (s *state) show(snap *snapshot) {
 			ContainerID: f.id, LocalPort: f.local.Port(), RemotePort: f.remote.Port(),
 			Status: f.status, Reason: f.reason, CreatedAt: utc(f.created), UpdatedAt: utc(f.updated),
 			LocalAddress: f.local.Addr().String(), RemoteAddress: f.remote.Addr().String(),
-			ContainerName: f.name, ContainerPort: f.private, Image: f.image, Service: f.service,
+			ContainerName: f.name, ContainerPort: f.private, Image: f.image, Service: f.service, Node: f.node,
 			Connections: f.meter.connections.Load(), OpenConnections: f.meter.open.Load(),
 			BytesIn: f.meter.in.Load(), BytesOut: f.meter.out.Load(),
 		}
@@ -1117,7 +1128,7 @@ func (snap *snapshot) clean() {
 	}
 	for i := range snap.Forwards {
 		f := &snap.Forwards[i]
-		for _, s := range []*string{&f.ContainerID, &f.Status, &f.Reason, &f.LocalAddress, &f.RemoteAddress, &f.ContainerName, &f.Image, &f.Service} {
+		for _, s := range []*string{&f.ContainerID, &f.Status, &f.Reason, &f.LocalAddress, &f.RemoteAddress, &f.ContainerName, &f.Image, &f.Service, &f.Node} {
 			*s = printable(*s, 1000)
 		}
 		if f.LocalAddress == "" {

@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -420,6 +421,7 @@ var statusColour = map[string]string{active: "\x1b[32m", conflict: "\x1b[31m", p
 const (
 	gap         = 3 // between columns
 	stateColumn = 3
+	nodeColumn  = 8 // after SERVICE, if there is one
 )
 
 // narrowing is the order in which columns give up room where the terminal is too narrow, and what they keep at least. An
@@ -459,6 +461,12 @@ func writeTable(b *strings.Builder, r *report, now time.Time, style tableStyle) 
 	rows[0] = append(rows[0], "REASON")
 	for i := range r.Forwards {
 		rows = append(rows, row(&r.Forwards[i], now, style.wide))
+	}
+	if style.wide && slices.ContainsFunc(r.Forwards, func(f forwardInfo) bool { return f.Node != "" }) {
+		rows[0] = slices.Insert(rows[0], nodeColumn, "NODE")
+		for i, f := range r.Forwards {
+			rows[i+1] = slices.Insert(rows[i+1], nodeColumn, dash(f.Node))
+		}
 	}
 	widths, total := make([]int, len(rows[0])), -gap
 	for i := range widths {

@@ -891,7 +891,7 @@ func hostileSnapshot() *snapshot {
 	s.Warnings = []string{hostileText}
 	s.Skipped = []skippedPort{{ContainerID: hostileText, Name: hostileText, Port: 53, Protocol: hostileText, Reason: hostileText}}
 	f := &s.Forwards[0]
-	f.ContainerID, f.ContainerName, f.Image, f.Service, f.Reason = hostileText, hostileText, hostileText, hostileText, hostileText
+	f.ContainerID, f.ContainerName, f.Image, f.Service, f.Node, f.Reason = hostileText, hostileText, hostileText, hostileText, hostileText, hostileText
 	f.LocalAddress, f.RemoteAddress = hostileText, hostileText
 	s.Forwards[1].Status = hostileText
 	s.Forwards[2].Reason = strings.Repeat("long\n", 10000)
@@ -912,6 +912,10 @@ func TestTable(t *testing.T) {
 		f[1].RemoteAddress = "10.97.0.2"
 		f[2].LocalAddress, f[2].LocalPort, f[2].RemoteAddress = "0.0.0.0", 13000, "fe80::1%eth0"
 	})
+	nodes := with(func(r *report) {
+		f := &r.Forwards[1]
+		f.RemoteAddress, f.Node, f.Status, f.Reason = "192.0.2.2", "node2", pending, "node node2 is down"
+	})
 	hostile := with(func(r *report) { r.snapshot = hostileSnapshot() })
 	long := with(func(r *report) {
 		f := r.Forwards
@@ -931,6 +935,8 @@ func TestTable(t *testing.T) {
 		{"wide-colour", plain, tableStyle{wide: true, colour: true}},
 		{"addresses", addresses, tableStyle{}},
 		{"addresses-wide", addresses, tableStyle{wide: true}},
+		{"nodes", nodes, tableStyle{}},
+		{"nodes-wide", nodes, tableStyle{wide: true}},
 		{"empty", with(func(r *report) { r.Forwards = []forwardInfo{} }), tableStyle{}},
 		{"skipped", with(func(r *report) {
 			r.Skipped = []skippedPort{

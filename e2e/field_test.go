@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // field is a directory with the configurations of an sshd and of ssh.
@@ -317,46 +316,4 @@ func TestE2EFieldDeadJumpMaster(t *testing.T) {
 	p.waitLine("connected to ")
 	p.signal(syscall.SIGTERM)
 	p.exits(0)
-}
-
-// A Swarm's own ports are in no container's list.
-func TestE2EFieldSwarm(t *testing.T) {
-	g := needRig(t)
-	p := startRun(t, g, "")
-	p.waitLine("connected to ")
-	t.Cleanup(func() { g.call("POST", "/swarm/leave?force=1", nil, nil) })
-	if err := g.call("POST", "/swarm/init", map[string]any{"ListenAddr": "127.0.0.1:2377", "AdvertiseAddr": "127.0.0.1"}, nil); err != nil {
-		t.Fatal(err)
-	}
-	const name = "meshed"
-	port := freePorts(t, 1)
-	spec := map[string]any{"Name": name,
-		"TaskTemplate": map[string]any{"ContainerSpec": map[string]any{"Image": g.env["RIG_IMAGE"]}},
-		"EndpointSpec": map[string]any{"Ports": []map[string]any{{"TargetPort": 80, "PublishedPort": port}}}}
-	if err := g.call("POST", "/services/create", spec, nil); err != nil {
-		t.Fatal(err)
-	}
-	skipped := func() (all []skippedPort) {
-		for _, s := range p.status().Skipped {
-			if int(s.Port) == port {
-				all = append(all, s)
-			}
-		}
-		return all
-	}
-	within(t, 2*time.Second, "the service's port is listed", func() error {
-		if s := skipped(); len(s) != 1 || s[0].Name != name || s[0].Reason != "published by Swarm's routing mesh" {
-			return fmt.Errorf("skipped: %+v", s)
-		}
-		return nil
-	})
-	if err := g.call("DELETE", "/services/"+name, nil, nil); err != nil {
-		t.Fatal(err)
-	}
-	within(t, 2*time.Second, "the removed service's port is no longer listed", func() error {
-		if s := skipped(); len(s) > 0 {
-			return fmt.Errorf("skipped: %+v", s)
-		}
-		return nil
-	})
 }

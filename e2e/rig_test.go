@@ -52,8 +52,11 @@ func TestMain(m *testing.M) {
 	if testing.Verbose() {
 		printTimes()
 	}
-	if theRig.name != "" {
-		if out, err := exec.Command("rig/rig", "down", theRig.name).CombinedOutput(); err != nil {
+	for _, name := range []string{theRig.name, theSwarm.name} {
+		if name == "" {
+			continue
+		}
+		if out, err := exec.Command("rig/rig", "down", name).CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "rig down: %v: %s\n", err, out)
 			code = 1
 		}
@@ -92,6 +95,7 @@ type testRig struct {
 
 var (
 	theRig     testRig
+	theSwarm   testRig // with two nodes, for the tests of one
 	theRigOnce sync.Once
 	theRigLack string // what the machine lacks for a rig
 	theRigErr  error
@@ -106,7 +110,7 @@ func needRig(t *testing.T) *testRig {
 		t.Skip("a rig takes long, and this is -short")
 	}
 	theRigOnce.Do(func() {
-		if theRigLack, theRigErr = theRig.up(); theRigErr == nil && theRigLack == "" {
+		if theRigLack, theRigErr = theRig.up(fmt.Sprintf("e2e-%d", os.Getpid())); theRigErr == nil && theRigLack == "" {
 			theRigErr = build()
 		}
 	})
@@ -122,17 +126,18 @@ func needRig(t *testing.T) *testRig {
 	return &theRig
 }
 
-func (g *testRig) up() (lack string, err error) {
+func (g *testRig) up(name string, args ...string) (lack string, err error) {
 	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
 		return "a rig needs Linux and root", nil
 	}
 	if out, err := exec.Command("unshare", "--net", "--mount", "true").CombinedOutput(); err != nil {
 		return fmt.Sprintf("a rig needs namespaces: %v: %s", err, bytes.TrimSpace(out)), nil
 	}
-	g.name = fmt.Sprintf("e2e-%d", os.Getpid())
+	g.name = name
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "rig/rig", "up", "-owner", strconv.Itoa(os.Getpid()), g.name)
+	args = append([]string{"up", "-owner", strconv.Itoa(os.Getpid())}, append(args, g.name)...)
+	cmd := exec.CommandContext(ctx, "rig/rig", args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr

@@ -83,6 +83,10 @@ type (
 		ContainerName string    `json:"container_name"`
 		ContainerPort uint16    `json:"container_port"`
 		Image         string    `json:"image"`
+		Service       string    `json:"service"`
+		Node          string    `json:"node"`
+		RemoteAddress string    `json:"remote_address"`
+		RemotePort    uint16    `json:"remote_port"`
 
 		VerifiedAt      *time.Time `json:"verified_at"`
 		Connections     int64      `json:"connections"`

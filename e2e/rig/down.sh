@@ -21,6 +21,7 @@ rig_pids() {
 	local p cmd
 	{
 		ip netns pids "$NS" 2>/dev/null || true
+		ip netns pids "$NS.2" 2>/dev/null || true
 		for p in $(cgroups); do
 			find "$p" -name cgroup.procs -exec cat {} + 2>/dev/null || true
 		done
@@ -72,8 +73,8 @@ down_locked() {
 	p=$(cat "$DIR/watch.pid" 2>/dev/null || true)
 	[[ -z $p || $p == "$$" ]] || kill -9 -- "-$p" 2>/dev/null || true
 	# The engine first, or it restarts what is killed.
-	for p in $(cat "$DIR"/{dockerd,sshd}.pid 2>/dev/null || true); do
-		if [[ /proc/$p/ns/net -ef /run/netns/$NS ]]; then kill -9 "$p" 2>/dev/null || true; fi
+	for p in $(cat "$DIR"/{dockerd,dockerd2,sshd}.pid 2>/dev/null || true); do
+		if [[ /proc/$p/ns/net -ef /run/netns/$NS || /proc/$p/ns/net -ef /run/netns/$NS.2 ]]; then kill -9 "$p" 2>/dev/null || true; fi
 	done
 	while :; do
 		for c in $(cgroups); do # a frozen process does not die
@@ -89,11 +90,12 @@ down_locked() {
 	# Sockets of the containers' shims live outside their daemon's directories.
 	while IFS= read -r f; do
 		case $f in unix:///run/containerd/s/*) rm -f "${f#unix://}" ;; esac
-	done < <(find "$DIR/exec/containerd" -name address -exec awk 1 {} + 2>/dev/null || true)
+	done < <(find "$DIR"/exec*/containerd -name address -exec awk 1 {} + 2>/dev/null || true)
 	findmnt -rno TARGET | { grep -F "$DIR/" || true; } | sort -r | while IFS= read -r f; do
 		umount -l "$(printf %b "$f")"
 	done
 	for c in $(cgroups); do find "$c" -depth -type d -exec rmdir {} + ; done
+	[[ ! -e /run/netns/$NS.2 ]] || ip netns del "$NS.2"
 	f=$(cat "$DIR/index" 2>/dev/null || true)
 	if [[ -e /run/netns/$NS ]]; then
 		[[ -n $f && -e /sys/class/net/rdhpf$f ]] && ip -n "$NS" link show eth0 >/dev/null 2>&1 && ip -n "$NS" link del eth0

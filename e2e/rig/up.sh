@@ -2,13 +2,17 @@
 # rig up: namespace, engine, sshd, image; and the watcher of its owner.
 
 cmd_up() {
-	local owner='' t0=$SECONDS missing
+	local owner='' nodes=1 t0=$SECONDS missing
 	while (($#)); do
 		case $1 in
 		-owner)
 			owner=${2:-}
 			[[ $owner =~ ^[0-9]+$ ]] || usage
 			alive "$owner" || die "-owner: no process $owner"
+			shift ;;
+		-nodes)
+			nodes=${2:-}
+			[[ $nodes == [12] ]] || usage
 			shift ;;
 		-*) usage ;;
 		*) break ;;
@@ -24,6 +28,7 @@ cmd_up() {
 	lock
 	# Not after a reboot, which leaves the directory and nothing else.
 	if [[ -f $DIR/env && /proc/$(<"$DIR/sshd.pid")/ns/net -ef /run/netns/$NS ]]; then
+		[[ $nodes == 1 || -f $DIR/dockerd2.pid ]] || die "$NAME is up with one node; take it down first"
 		cat "$DIR/env"
 		return
 	fi
@@ -40,7 +45,7 @@ cmd_up() {
 	build </dev/null >"$DIR/build.log" 2>&1 9>&- &
 	local build_pid=$!
 	network
-	start_dockerd
+	start_dockerd ''
 	ssh_files
 	local sshd_opts=(-D -f "$DIR/sshd_config" -E "$DIR/sshd.log")
 	# Newer servers punish a source for failed logins, which are on purpose here.
@@ -62,6 +67,7 @@ cmd_up() {
 		die "importing the image failed"
 	timeout 20 "$DIR/bin/ssh" -o BatchMode=yes "$NS" docker version >"$DIR/check.log" 2>&1 ||
 		die "ssh $NS docker version failed"
+	[[ $nodes == 1 ]] || second_node
 	[[ -z $owner ]] || alive "$owner" || die "its owner, process $owner, has ended"
 	write_env
 	trap - EXIT INT TERM HUP
@@ -120,22 +126,47 @@ subnet() { echo "$BASE.$(($1 / 64)).$(($1 % 64 * 4 + $2))"; }
 # routes KIND SUBNET prints the routes within (root) or around (match) a subnet.
 routes() { ip -4 route show "$1" "$2" | grep -v '^default' || true; }
 
-# spawn NAME LOG COMMAND... runs a daemon of the rig inside its namespace, and
+# spawn NAME LOG COMMAND... runs a daemon of the rig inside a namespace, and
 # leaves its pid in NAME.pid. nsenter, as `ip netns exec` would hide the cgroups.
 spawn() {
 	local name=$1 log=$2
 	shift 2
-	setsid nsenter --net="/run/netns/$NS" "$@" </dev/null >>"$log" 2>&1 9>&- &
+	setsid nsenter --net="/run/netns/${IN:-$NS}" "$@" </dev/null >>"$log" 2>&1 9>&- &
 	echo $! >"$DIR/$name.pid"
 }
 
+# start_dockerd '' | 2 starts the first or the second engine, as node1 or node2.
 start_dockerd() {
+	local in=$NS
+	[[ -z $1 ]] || in=$NS.2
 	echo '{}' >"$DIR/daemon.json"
-	rm -f "$DIR/docker.sock"
-	spawn dockerd "$DIR/dockerd.log" env -u DOCKER_HOST TMPDIR="$DIR" dockerd \
-		--config-file "$DIR/daemon.json" --data-root "$DIR/data" --exec-root "$DIR/exec" \
-		-H "unix://$DIR/docker.sock" --pidfile "$DIR/engine.pid" --storage-driver vfs \
+	rm -f "$DIR/docker$1.sock"
+	IN=$in spawn "dockerd$1" "$DIR/dockerd$1.log" \
+		unshare --uts sh -c 'echo "$0" >/proc/sys/kernel/hostname; exec "$@"' "node${1:-1}" \
+		env -u DOCKER_HOST TMPDIR="$DIR" dockerd \
+		--config-file "$DIR/daemon.json" --data-root "$DIR/data$1" --exec-root "$DIR/exec$1" \
+		-H "unix://$DIR/docker$1.sock" --pidfile "$DIR/engine$1.pid" --storage-driver vfs \
 		--exec-opt native.cgroupdriver=cgroupfs --cgroup-parent "/rdhpf-rig-$NAME" --log-level warn
+}
+
+# second_node adds a worker, with an engine in a namespace of its own that only
+# the first one reaches, and makes the two a Swarm.
+ADDR1=192.0.2.1 ADDR2=192.0.2.2
+second_node() {
+	local token
+	ip netns add "$NS.2"
+	ip link add node2 netns "$NS" type veth peer name eth0 netns "$NS.2"
+	ip -n "$NS" addr add "$ADDR1/30" dev node2
+	ip -n "$NS" link set node2 up
+	ip -n "$NS.2" addr add "$ADDR2/30" dev eth0
+	ip -n "$NS.2" link set lo up
+	ip -n "$NS.2" link set eth0 up
+	start_dockerd 2
+	wait_for 60 dockerd2 "$(<"$DIR/dockerd2.pid")" docker_ready 2
+	rig_docker save "$IMAGE" | rig_docker2 load >/dev/null || die "copying the image failed"
+	rig_docker swarm init --advertise-addr "$ADDR1" >/dev/null || die "docker swarm init failed"
+	token=$(rig_docker swarm join-token -q worker)
+	rig_docker2 swarm join --advertise-addr "$ADDR2" --token "$token" "$ADDR1:2377" >/dev/null || die "docker swarm join failed"
 }
 
 write_env() {
@@ -155,6 +186,11 @@ write_env() {
 	RIG_IMAGE=$IMAGE
 	RIG_SSHD_PID=$(<"$DIR/sshd.pid")
 	RIG_PIDS=$(cat "$DIR"/{sshd,dockerd,silent,sshd-defaults}.pid | paste -sd,)
+	END
+	[[ $nodes == 1 ]] || cat >>"$DIR/env.new" <<-END
+	RIG_NS2=$NS.2
+	RIG_ADDR2=$ADDR2
+	RIG_DOCKER2=$DIR/docker2.sock
 	END
 	mv "$DIR/env.new" "$DIR/env"
 }

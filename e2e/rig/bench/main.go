@@ -51,6 +51,7 @@ var figures = []struct {
 	{"docker", (*bench).dockerCommands},
 	{"cp", (*bench).dockerCopies},
 	{"ports100", (*bench).hundredPorts},
+	{"swarm", (*bench).swarm},
 	{"ports1000", (*bench).thousandPorts},
 }
 
