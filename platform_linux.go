@@ -1,13 +1,15 @@
 package main
 
-// pdeathsig_linux.go: children that do not outlive this process, even if it is
-// killed by SIGKILL.
+// platform_linux.go: children that do not outlive this process, even if it is killed by SIGKILL; the requests that read and
+// set a terminal's modes.
 
 import (
 	"os/exec"
 	"runtime"
 	"sync"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -32,3 +34,5 @@ func startChild(cmd *exec.Cmd) error {
 	spawner <- func() { err <- cmd.Start() }
 	return <-err
 }
+
+const getModes, setModes = unix.TCGETS, unix.TCSETS
