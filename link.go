@@ -46,7 +46,8 @@ type link struct {
 
 	ownJump bool // makes its own connection to a jump host
 
-	noSwarm atomic.Bool // the engine is not to be asked for a Swarm, as it is no manager or did not answer
+	swarmAt atomic.Int64 // Unix time in ns of the last event of a Swarm; 0: none
+	noSwarm atomic.Bool  // the engine is not to be asked for a Swarm, as it is no manager or did not answer
 
 	// Owned by the loop.
 	master    *master       // nil until it is ready
@@ -165,13 +166,20 @@ func (l *link) keepListing(ctx context.Context, m *master, listed chan struct{})
 			took, server := time.Since(began), e.server
 			if !e.isPodman() && !l.noSwarm.Swap(true) {
 				var sw *swarm
-				if sw, err = e.listSwarm(); err != nil {
-					time.AfterFunc(swarmRetry, func() {
+				again := time.Duration(0)
+				switch sw, err = e.listSwarm(); {
+				case err != nil:
+					again = swarmRetry
+				case sw != nil:
+					l.noSwarm.Store(false)
+				case time.Since(time.Unix(0, l.swarmAt.Load())) < swarmStart:
+					again = swarmPace
+				}
+				if again > 0 {
+					time.AfterFunc(again, func() {
 						l.noSwarm.Store(false)
 						l.wantList()
 					})
-				} else if sw != nil {
-					l.noSwarm.Store(false)
 				}
 				l.tell(func(time.Time) { l.r.swarmListed(sw) })
 			}
@@ -234,6 +242,7 @@ func (l *link) keepFollowing(ctx context.Context, m *master, listed <-chan struc
 		}
 		return e.events(subscribed, func(ev event) {
 			if ev.id == "" {
+				l.swarmAt.Store(time.Now().UnixNano())
 				l.noSwarm.Store(false)
 			}
 			l.tell(func(now time.Time) { l.r.happened(now, l, ev) })

@@ -24,6 +24,7 @@ import (
 const (
 	swarmPace  = time.Second      // between lists while other nodes publish ports: no event tells of their tasks
 	swarmRetry = 10 * time.Second // after a manager that did not answer, which costs a connection to the engine
+	swarmStart = 30 * time.Second // for an engine to become a manager, which events tell of too early
 	swarmTime  = 3 * time.Second  // to answer: without a leader a manager can take 20 s, in which nothing else is listed
 )
 

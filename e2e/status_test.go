@@ -204,7 +204,7 @@ func TestE2EStatus(t *testing.T) {
 		t.Errorf("health: %d, %q", code, out)
 	}
 	_, errs, code = p.tell("status", "-wait", "300ms")
-	if code != 1 || !strings.Contains(errs, fmt.Sprintf("127.0.0.1:%d is conflict", port+1)) {
+	if code != 1 || !strings.Contains(errs, fmt.Sprintf("127.0.0.1:%d of ", port+1)) || !strings.Contains(errs, " is conflict (") {
 		t.Errorf("status -wait that has to fail: %d, %q", code, errs)
 	}
 
