@@ -75,11 +75,11 @@ func TestE2ERandomPortsApart(t *testing.T) {
 	case first.b == nil:
 		t.Fatal("the engine never gave two containers one number")
 	}
-	// Where this machine uses the port for something else, that ends.
-	second.b.answers(second.inet4)
-	first.b.answers(first.inet4)
-	out, errs, code := p.tell("status", "-wait", "30s")
+	// Where a connection of this machine has used the port, that can take a minute.
+	out, errs, code := p.tell("status", "-wait", "90s")
 	if code != 0 {
 		t.Errorf("status -wait: %d, %q, %q", code, out, errs)
 	}
+	second.b.answers(second.inet4)
+	first.b.answers(first.inet4)
 }
