@@ -469,6 +469,18 @@ func detach(r *runFlags) error {
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("starting rdhpf in the background: %w", err)
 	}
+	if err := awaitDetached(cmd, ready, signals, said); err != nil {
+		return err
+	}
+	if r.level <= slog.LevelInfo {
+		fmt.Printf("rdhpf is running: pid %d, log %s; end it with rdhpf stop\n", cmd.Process.Pid, p.log)
+	}
+	return nil
+}
+
+// awaitDetached shows what the instance in the background logs until it is ready, in which case it returns nil, or has
+// ended. A signal ends the instance.
+func awaitDetached(cmd *exec.Cmd, ready <-chan struct{}, signals <-chan os.Signal, said io.Reader) error {
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	show := time.NewTicker(pollEvery)
@@ -486,9 +498,6 @@ func detach(r *runFlags) error {
 				continue
 			}
 			io.Copy(os.Stderr, said)
-			if r.level <= slog.LevelInfo {
-				fmt.Printf("rdhpf is running: pid %d, log %s; end it with rdhpf stop\n", cmd.Process.Pid, p.log)
-			}
 			return nil
 		case err := <-ended:
 			io.Copy(os.Stderr, said)

@@ -143,14 +143,7 @@ func run(ctx context.Context, o runOptions) (err error) {
 		return err
 	}
 	r.warnBind(cfg)
-	files := raiseFileLimit()
-	r.maxListeners = max(files/3, files-512) // the rest is for accepted connections
-	r.state = newState(cfg, min(max(files/32, 2), maxDials))
-	now := utc(time.Now())
-	r.shown = snapshot{Version: stateVersion, Host: o.host.String(), PID: os.Getpid(), StartedAt: now,
-		Connection: connection{State: connecting, Since: now}}
-	r.board = newBoard(r.snapshot())
-	r.ctx, r.quit = context.WithCancel(ctx)
+	r.setUp(ctx, cfg)
 	defer r.wg.Wait()
 	defer r.quit()
 	if err := checkForeign(p); err != nil {
@@ -176,6 +169,18 @@ func run(ctx context.Context, o runOptions) (err error) {
 	err = r.loop()
 	notify(r.notify, "STOPPING=1")
 	return err
+}
+
+// setUp prepares the core, the limits, the first snapshot and the context.
+func (r *runner) setUp(ctx context.Context, cfg *config) {
+	files := raiseFileLimit()
+	r.maxListeners = max(files/3, files-512) // the rest is for accepted connections
+	r.state = newState(cfg, min(max(files/32, 2), maxDials))
+	now := utc(time.Now())
+	r.shown = snapshot{Version: stateVersion, Host: r.host.String(), PID: os.Getpid(), StartedAt: now,
+		Connection: connection{State: connecting, Since: now}}
+	r.board = newBoard(r.snapshot())
+	r.ctx, r.quit = context.WithCancel(ctx)
 }
 
 var begun = time.Now()

@@ -785,6 +785,12 @@ func watchStatus(p paths, h *host, out printer) error {
 	go awaitHangup(os.Stdout, gone)
 	sights := make(chan sight)
 	go follow(ctx, p, h, sights)
+	return showSights(out, own, sights, signals, keys, gone)
+}
+
+// showSights prints each sight that differs, or draws it on the watch's own screen, until one of the other channels ends
+// the watch.
+func showSights(out printer, own *screen, sights <-chan sight, signals <-chan os.Signal, keys <-chan byte, gone <-chan struct{}) error {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	var s sight
