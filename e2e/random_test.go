@@ -40,12 +40,10 @@ func TestE2ERandomPortsApart(t *testing.T) {
 		t.Helper()
 		background(t, "nsenter", "--net=/run/netns/"+g.env["RIG_NS"], "socat", fmt.Sprintf("TCP6-LISTEN:%d,ipv6only=1", port), "PIPE")
 		eventually(t, fmt.Sprintf("[::]:%d is taken", port), func() error {
-			for _, s := range sockets(fmt.Sprintf("/proc/%d/net/tcp6", g.sshd(t))) {
-				if s.state == tcpListen && s.local == port {
-					return nil
-				}
+			if !listensIn(g.sshd(t), "tcp6", port) {
+				return fmt.Errorf("nothing listens on [::]:%d", port)
 			}
-			return fmt.Errorf("nothing listens on [::]:%d", port)
+			return nil
 		})
 	}
 	type published struct {

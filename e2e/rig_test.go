@@ -357,14 +357,15 @@ func (b *box) pid() int {
 func (b *box) listens(port int) bool {
 	b.t.Helper()
 	pid := b.pid()
-	for _, table := range []string{"tcp", "tcp6"} {
-		for _, s := range sockets(fmt.Sprintf("/proc/%d/net/%s", pid, table)) {
-			if s.state == tcpListen && s.local == port {
-				return true
-			}
-		}
-	}
-	return false
+	return listensIn(pid, "tcp", port) || listensIn(pid, "tcp6", port)
+}
+
+// listensIn tells whether something listens on a port in the network of a process.
+// The table is tcp or tcp6.
+func listensIn(pid int, table string, port int) bool {
+	return slices.ContainsFunc(sockets(fmt.Sprintf("/proc/%d/net/%s", pid, table)), func(s tcpSocket) bool {
+		return s.state == tcpListen && s.local == port
+	})
 }
 
 // serviceEnds has the server stop listening, while the container runs on.
