@@ -65,11 +65,11 @@ func silence(err error) error {
 }
 
 // call asks a running instance and decodes its answer into result.
-func call(path, method string, result any) error {
+func call[T any](path, method string, result *T) error {
 	return callContext(context.Background(), path, method, result)
 }
 
-func callContext(ctx context.Context, path, method string, result any) error {
+func callContext[T any](ctx context.Context, path, method string, result *T) error {
 	conn, err := dialInstance(path)
 	if err != nil {
 		return err
@@ -94,8 +94,8 @@ func callContext(ctx context.Context, path, method string, result any) error {
 	return readReply(in, result)
 }
 
-// readReply reads one answer in the plain form into result, a pointer.
-func readReply(in *bufio.Reader, result any) error {
+// readReply reads one answer in the plain form.
+func readReply[T any](in *bufio.Reader, result *T) error {
 	line, err := in.ReadBytes('\n')
 	if os.IsTimeout(err) {
 		return errSilent
@@ -103,8 +103,8 @@ func readReply(in *bufio.Reader, result any) error {
 		return fmt.Errorf("reading the answer: %w", err)
 	}
 	var reply struct {
-		Result json.RawMessage `json:"result"`
-		Error  *string         `json:"error"`
+		Result *T      `json:"result"`
+		Error  *string `json:"error"`
 	}
 	if err := json.Unmarshal(line, &reply); err != nil {
 		return fmt.Errorf("reading the answer: %w", err)
@@ -115,7 +115,8 @@ func readReply(in *bufio.Reader, result any) error {
 	case reply.Result == nil:
 		return errForeign
 	}
-	return json.Unmarshal(reply.Result, result)
+	*result = *reply.Result
+	return nil
 }
 
 // subscribe passes on every status that the instance sends until it ends or falls silent, and returns why no more come.

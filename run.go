@@ -181,6 +181,7 @@ func (r *runner) setUp(ctx context.Context, cfg *config) {
 		Connection: connection{State: connecting, Since: now}}
 	r.board = newBoard(r.snapshot())
 	r.ctx, r.quit = context.WithCancel(ctx)
+	r.start(func() { growFileTable(files) })
 }
 
 var begun = time.Now()

@@ -372,6 +372,8 @@ type state struct {
 	probeMax int // maximum concurrent probes
 
 	forwards map[key]*forward
+	order    []*forward                  // what sorted returns; nil if it has to sort again
+	held     map[netip.AddrPort]*forward // what holders returned last
 	skipped  []skippedPort
 	list     []container
 	died     map[string]time.Time
@@ -385,7 +387,7 @@ type state struct {
 }
 
 func newState(cfg *config, probeMax int) *state {
-	return &state{cfg: cfg, probeMax: probeMax, forwards: make(map[key]*forward),
+	return &state{cfg: cfg, probeMax: probeMax, forwards: make(map[key]*forward), held: make(map[netip.AddrPort]*forward),
 		skipped: []skippedPort{}, died: make(map[string]time.Time), frozen: make(map[string]freeze)}
 }
 
@@ -590,7 +592,8 @@ func restarted(before, now string) bool {
 
 // renew starts a forward over, because its container was started.
 func (s *state) renew(f *forward, now time.Time) {
-	f.created, f.updated, f.verified, s.changed = now, now, time.Time{}, true
+	f.created, f.updated, f.verified = now, now, time.Time{}
+	s.changed, s.order = true, nil
 	s.reset(f)
 }
 
@@ -629,7 +632,7 @@ func (s *state) plan(now time.Time) (acts []action, wake time.Time) {
 		}
 		if !f.wanted {
 			delete(s.forwards, f.key)
-			s.changed = true
+			s.changed, s.order = true, nil
 			continue
 		}
 		holder := holders[f.local]
@@ -662,15 +665,15 @@ func (s *state) probeable(f *forward) bool {
 }
 
 // holders returns the forward that owns each local port: the open one, else the
-// first.
+// first. The next call reuses the map.
 func (s *state) holders(all []*forward) map[netip.AddrPort]*forward {
-	has := make(map[netip.AddrPort]*forward, len(all))
+	clear(s.held)
 	for _, f := range all {
-		if h := has[f.local]; f.wanted && (h == nil || !h.stage.open() && f.stage.open()) {
-			has[f.local] = f
+		if h := s.held[f.local]; f.wanted && (h == nil || !h.stage.open() && f.stage.open()) {
+			s.held[f.local] = f
 		}
 	}
-	return has
+	return s.held
 }
 
 // judge updates the status and reason of f, given the forward that holds its
@@ -736,16 +739,18 @@ func (s *state) tell(f *forward, now time.Time) {
 	f.told = f.status
 }
 
-// sorted returns the forwards in a stable order, oldest first.
+// sorted returns the forwards in a stable order, oldest first. The caller must not
+// change the slice. It sorts only after a change, since each step of the loop asks
+// for it.
 func (s *state) sorted() []*forward {
-	all := make([]*forward, 0, len(s.forwards))
-	for _, f := range s.forwards {
-		all = append(all, f)
+	if s.order == nil {
+		s.order = slices.SortedFunc(maps.Values(s.forwards), byAge)
 	}
-	slices.SortFunc(all, func(a, b *forward) int {
-		return cmp.Or(a.created.Compare(b.created), a.local.Compare(b.local), a.remote.Compare(b.remote))
-	})
-	return all
+	return s.order
+}
+
+func byAge(a, b *forward) int {
+	return cmp.Or(a.created.Compare(b.created), a.local.Compare(b.local), a.remote.Compare(b.remote))
 }
 
 // openDone handles the result of an openPort.

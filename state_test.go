@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"reflect"
@@ -1322,6 +1323,9 @@ func (w *simulation) check() {
 	}
 	for id := range s.died {
 		w.eventOf[id] = w.now
+	}
+	if shown := s.sorted(); !slices.Equal(shown, slices.SortedFunc(maps.Values(s.forwards), byAge)) {
+		w.wrong("%d of %d forwards, or not in order", len(shown), len(s.forwards))
 	}
 	for _, k := range w.opened {
 		if f := s.forwards[k]; f == nil || !f.wanted || s.paused || !f.stage.open() {
