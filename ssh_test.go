@@ -1,7 +1,10 @@
 package main
 
 import (
+	"errors"
+	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -89,5 +92,31 @@ func TestOwnJump(t *testing.T) {
 		if got := strings.Join(prog.ownJump(), " "); got != strings.TrimSpace("-o "+c.want) && (got != "" || c.want != "") {
 			t.Errorf("%q: %q, want %q", c.jump, got, c.want)
 		}
+	}
+}
+
+// A question that stays without an answer may be due to a suspension of the machine; a second one is not.
+func TestAskedTwice(t *testing.T) {
+	t.Parallel()
+	for silent := range int32(3) {
+		var asked atomic.Int32
+		m := &master{control: muxFake(t, newMuxFrame(muxHello).u32(muxVersion).bytes(), func(typ, id uint32) []byte {
+			if asked.Add(1) <= silent {
+				return []byte{}
+			}
+			return newMuxFrame(muxAlive).u32(id).u32(42).bytes()
+		})}
+		var err error
+		if m.asked, err = muxDial(m.control, patience); err != nil {
+			t.Fatal(err)
+		}
+		first := m.alive()
+		if silent < 2 && first != nil || silent == 2 && !errors.Is(first, os.ErrDeadlineExceeded) {
+			t.Errorf("%d questions without an answer: %v", silent, first)
+		}
+		if again := m.alive(); (again == nil) != (first == nil) || asked.Load() > 3 {
+			t.Errorf("%d questions without an answer, then: %v, of %d", silent, again, asked.Load())
+		}
+		m.stopAsking()
 	}
 }

@@ -70,6 +70,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	s := &soak{t: t, g: needRig(t), rng: rand.New(rand.NewPCG(seed, 0)), began: time.Now(), took: make(map[string][]time.Duration)}
+	t.Cleanup(func() { s.g.endConnections(t) }) // of sshd's processes some are stopped
 	s.port = freePorts(t, soakSlots)
 	s.say("seed %d, for %v", seed, length)
 	s.p = startRun(t, s.g, "")
@@ -408,7 +409,6 @@ func (s *soak) faults() []soakFault {
 			s.strike(func() {
 				for _, pid := range children(s.g.sshd(s.t)) {
 					syscall.Kill(pid, syscall.SIGSTOP)
-					s.t.Cleanup(func() { syscall.Kill(pid, syscall.SIGKILL) })
 				}
 			})
 			return ""
