@@ -409,6 +409,7 @@ func TestE2EDockerCLI(t *testing.T) {
 				t.Logf("%s: %s", own.program, errs)
 				continue
 			}
+			own.must("rmi", "twin") // or it would stay, without a name
 			program := own.program
 			p.alike(t, func(d *docker) {
 				d.program = program
