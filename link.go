@@ -620,10 +620,9 @@ func raiseFileLimit() int {
 	return int(min(limit.Max, 1<<20))
 }
 
-// growFileTable makes room for limit files at once, but at most for 4096. Linux
-// doubles a process's table only when it is full, and lets a process with several
-// threads wait some milliseconds each time: a third of the time that a thousand
-// ports take to open.
+// growFileTable makes room for limit open files, or 4096 if that is less. Linux only
+// doubles the table when it is full, and each time a process with several threads
+// waits for some milliseconds: a quarter of the time in which a thousand ports open.
 func growFileTable(limit int) {
 	if fd, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, min(limit, 4096)-1); err == nil {
 		unix.Close(fd)

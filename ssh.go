@@ -239,8 +239,8 @@ func (m *master) awaitReady(ctx context.Context, limit time.Duration) error {
 
 // alive returns an error if the master does not answer. Nothing less proves that it
 // outlived the end of a stream: when a process dies, Linux closes its descriptors in
-// any order. It asks twice, for half the time each: a machine, or this process, that
-// was suspended during the first has let the time pass without an answer.
+// any order. It asks twice, with half the time for each: if this process was
+// suspended during the first, that one timed out for no fault of the master.
 func (m *master) alive() error {
 	m.asking.Lock()
 	defer m.asking.Unlock()

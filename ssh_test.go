@@ -95,7 +95,7 @@ func TestOwnJump(t *testing.T) {
 	}
 }
 
-// A question that stays without an answer may be due to a suspension of the machine; a second one is not.
+// One question may go unanswered because the machine was suspended; two are proof.
 func TestAskedTwice(t *testing.T) {
 	t.Parallel()
 	for silent := range int32(3) {

@@ -409,7 +409,7 @@ func TestE2EDockerCLI(t *testing.T) {
 				t.Logf("%s: %s", own.program, errs)
 				continue
 			}
-			own.must("rmi", "twin") // or it would stay, without a name
+			own.must("rmi", "twin") // the builds below would take its name and leave it
 			program := own.program
 			p.alike(t, func(d *docker) {
 				d.program = program

@@ -70,7 +70,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	s := &soak{t: t, g: needRig(t), rng: rand.New(rand.NewPCG(seed, 0)), began: time.Now(), took: make(map[string][]time.Duration)}
-	t.Cleanup(func() { s.g.endConnections(t) }) // of sshd's processes some are stopped
+	t.Cleanup(func() { s.g.endConnections(t) }) // some of sshd's processes are stopped
 	s.port = freePorts(t, soakSlots)
 	s.say("seed %d, for %v", seed, length)
 	s.p = startRun(t, s.g, "")
